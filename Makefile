@@ -1,0 +1,75 @@
+# make setup   what a fresh Debian needs, then .venv with tierblk in it; later runs only rebuild what changed
+# make check   lint, types, import contracts
+# make test    everything: check, unit and integration tests, then the tests on real kernels in VMs
+# make test-native, make test-vm: its two halves
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+PIP := $(BIN)/pip --disable-pip-version-check
+
+# Debian packages that building and testing on this machine needs; asked of dpkg, so a re-run costs nothing.
+NATIVE_PACKAGES := gcc libc6-dev liburing-dev pkg-config nginx-light openssl curl
+CORE_SOURCES := $(wildcard tierblk/core/*.c tierblk/core/*.h tierblk/core/build.py)
+
+.PHONY: help setup packages build check test test-native clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+setup: build
+
+packages:
+	@missing=""; \
+	for package in $(NATIVE_PACKAGES); do \
+		[ "$$(dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || missing+=" $$package"; \
+	done; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "tierblk needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing+=" python3-venv"; \
+	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+		|| missing+=" python3-dev"; \
+	if [ -n "$$missing" ]; then \
+		echo "== installing Debian packages:$$missing"; \
+		$(SUDO) apt-get update; \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; \
+	fi
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt | packages
+	@echo "== python environment in $(VENV)"
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --progress-bar off -c constraints.txt setuptools cffi
+	@touch $@
+
+# Without isolation: the build uses the pinned setuptools and cffi, and a rebuild asks no package index.
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(CORE_SOURCES)
+	@echo "== building tierblk and its C core"
+	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+build: packages $(VENV)/.built
+
+check: build
+	@echo "== lint, types, import contracts"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-native: check
+	@echo "== unit and integration tests"
+	$(BIN)/python -m pytest
+
+test: test-native
+	$(MAKE) test-vm
+
+clean:
+	rm -rf $(VENV) build *.egg-info tierblk/core/_core.c tierblk/core/*.so tierblk/core/*.o
+
+-include packaging/vm.mk

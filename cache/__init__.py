@@ -1,0 +1,1 @@
+"""The local tier: knows disk, never network."""

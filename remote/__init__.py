@@ -1,0 +1,1 @@
+"""The far tier: knows network, never the cache."""

@@ -1,0 +1,1 @@
+"""Tests: unit and integration run natively, vm runs inside a virtual machine."""
