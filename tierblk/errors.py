@@ -1,7 +1,7 @@
 """The errors a user can meet, sorted by what the one who gets them must do.
 
 Every error has one exit code (part of the command line's interface) and one errno (what a block request ends
-with), so nobody maps errors a second time. A message is one sentence that names the thing, a hint the way out.
+with), so nobody maps errors twice. A message is one sentence that names the thing, a hint is the way out.
 """
 
 from __future__ import annotations

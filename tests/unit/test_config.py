@@ -1,0 +1,236 @@
+"""A config file is loaded whole, or every fault in it is named at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierblk import config
+from tierblk.errors import ConfigError
+
+SHORTEST = {
+    "device": {"name": "debian"},
+    "base": {"url": "http://images.example/debian.raw"},
+    "cache": {"dir": "/var/cache/tierblk", "size": "4GiB"},
+}
+HERE = Path("/etc/tierblk/debian.toml")
+
+
+def with_(table: str, **keys: object) -> dict[str, dict[str, object]]:
+    """The shortest document with some keys of one table changed."""
+    document: dict[str, dict[str, object]] = {name: dict(fields) for name, fields in SHORTEST.items()}
+    document.setdefault(table, {}).update(keys)
+    return document
+
+
+def faults(document: object) -> list[str]:
+    """The lines that name the faults of a document."""
+    with pytest.raises(ConfigError) as caught:
+        config.parse(document, HERE)  # type: ignore[arg-type]
+    first, *rest = caught.value.message.splitlines()
+    if not rest:
+        return [first.removeprefix(f"{HERE}: ")]
+    assert first == f"{HERE} has {len(rest)} errors:"
+    return [line.removeprefix("  ") for line in rest]
+
+
+def test_the_shortest_document() -> None:
+    loaded = config.parse(SHORTEST, HERE)
+    assert loaded.path == HERE
+    assert loaded.device.name == "debian"
+    assert loaded.cache.dir == Path("/var/cache/tierblk")
+    assert loaded.cache.size == 4 * 2**30
+    assert loaded.remote.max_window == 2**20
+    assert loaded.remote.retry_delay == 0.2
+    assert loaded.remote.ca_file is None
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config.parse(SHORTEST, HERE).cache.size = 5
+
+
+def test_all_faults_at_once() -> None:
+    document = {
+        "device": {"name": "Debian X", "plane": "warp", "queue_dept": 5},
+        "cache": {"size": "1MiB", "dir": "here", "free_low_percent": 5},
+        "remote": 4,
+        "devices": {},
+    }
+    assert faults(document) == [
+        "base.url: is required",
+        'cache.dir: must be an absolute path, is "here"',
+        "cache.free_high_percent: must not be below free_low_percent (5), is 4",
+        "cache.size: must be at least 16MiB, is 1MiB",
+        "device.name: must be 1 to 32 of a-z, 0-9, dot, underscore and dash, beginning with a letter or a "
+        'digit, is "Debian X"',
+        'device.plane: must be "auto" or "copy", is "warp"',
+        "device.queue_dept: unknown key (known here: name, plane, queue_depth); did you mean queue_depth?",
+        "devices: unknown table or key (known here: base, cache, device, remote); did you mean device?",
+        "remote: must be a table ([remote]), is 4 (an integer)",
+    ]
+
+
+def test_an_empty_document_names_all_that_is_required() -> None:
+    assert faults({}) == [
+        "base.url: is required",
+        "cache.dir: is required",
+        "cache.size: is required",
+        "device.name: is required",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "sentence"),
+    [
+        ("device", "name", "", "must be 1 to 32"),
+        ("device", "name", "a" * 33, "must be 1 to 32"),
+        ("device", "name", "../etc", "must be 1 to 32"),
+        ("device", "name", "a\n", "must be 1 to 32"),
+        ("device", "name", 5, "must be a string, is 5 (an integer)"),
+        ("device", "queue_depth", 0, "must be at least 1, is 0"),
+        ("device", "queue_depth", 1025, "must be at most 1024, is 1025"),
+        ("device", "queue_depth", "64", 'must be an integer, is "64" (a string)'),
+        ("device", "queue_depth", True, "must be an integer, is true (a boolean)"),
+        ("base", "url", "debian.raw", "must begin with http://"),
+        ("base", "url", "s3://bucket/x", "must begin with http://"),
+        ("base", "url", "http:///x", "must name a host"),
+        ("base", "url", "http://a b/x", "must have no spaces"),
+        ("base", "url", "http://a/x\r\nHost: b", "must have no spaces"),
+        ("base", "url", "http://a:99999/x", "is not a URL"),
+        ("base", "url", "http://[::1/x", "is not a URL"),
+        ("base", "url", "http://a/x#part", "must not have a fragment"),
+        ("base", "url", "http://user:secret@a/x", "must not hold a user or password"),
+        ("base", "url", "file://host/x", "must be file:// and an absolute path"),
+        ("base", "url", "file:x", "must be file:// and an absolute path"),
+        ("base", "format", "qcow2", 'must be "raw", is "qcow2"'),
+        ("cache", "dir", "cache", "must be an absolute path"),
+        ("cache", "dir", "/a\0b", "must be an absolute path"),
+        ("cache", "size", "4 gigs", "a size is a number of bytes"),
+        ("cache", "size", -5, "a size is not negative"),
+        ("cache", "size", True, "a size is a number of bytes"),
+        ("cache", "size", "1PiB", "must be at most 128TiB, is 1PiB"),
+        ("cache", "free_low_percent", float("nan"), "must be from 0.1 to 50 percent"),
+        ("cache", "free_low_percent", "3%", "must be a number"),
+        ("cache", "commit_interval", 5, "a duration is a number with a unit"),
+        ("cache", "commit_interval", "1ms", "must be at least 100ms, is 1ms"),
+        ("remote", "max_window", "100KiB", "must be a multiple of 64KiB, is 100KiB"),
+        ("remote", "max_window", "16MiB", "must be at most 8MiB, is 16MiB"),
+        ("remote", "ca_file", "ca.pem", "must be an absolute path"),
+        ("remote", "headers", "X: y", "must be a table of strings"),
+        ("remote", "headers", {"Range": "bytes=0-1"}, "Range is set by tierblk itself"),
+        ("remote", "headers", {"X Y": "z"}, '"X Y" is not the name of an HTTP header'),
+        ("remote", "headers", {"X": "a\r\nY: b"}, "the text of X must be a string of printable ASCII"),
+        ("remote", "headers", {"X": 5}, "the text of X must be a string of printable ASCII"),
+    ],
+)
+def test_one_fault_is_one_sentence(table: str, key: str, value: object, sentence: str) -> None:
+    (line,) = faults(with_(table, **{key: value}))
+    assert line.startswith(f"{table}.{key}: ")
+    assert sentence in line
+
+
+def test_an_unknown_key_stays_on_one_line() -> None:
+    assert faults(with_("cache", **{"a\nb": 1})) == [
+        r'cache."a\nb": unknown key (known here: commit_interval, dir, free_high_percent, free_low_percent, size)'
+    ]
+
+
+def test_a_secret_is_not_repeated() -> None:
+    for document in (
+        with_("base", url="http://user:secret@a/x"),
+        with_("remote", headers={"Authorization": "Bearer secret\n"}),
+    ):
+        assert "secret" not in "".join(faults(document))
+
+
+def test_a_window_fits_into_staging() -> None:
+    (line,) = faults(with_("remote", max_window="4MiB", staging="2MiB"))
+    assert line == "remote.staging: must not be below max_window (4MiB), is 2MiB"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://a/x?sig=1%2F2", "http://[::1]:8080/x", "file:///srv/x", "file://localhost/x"]
+)
+def test_urls(url: str) -> None:
+    assert config.parse(with_("base", url=url), HERE).base.url == url
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "commit_interval": st.floats(0.1, 600).map(lambda seconds: f"{seconds:.6f}s"),
+            "size": st.integers(2**24, 2**40),
+        }
+    ),
+    st.dictionaries(st.sampled_from(["X-A", "Authorization"]), st.text("abc =", max_size=5)),
+)
+def test_the_daemon_gets_what_the_command_line_read(
+    cache: dict[str, object], headers: dict[str, str]
+) -> None:
+    document = with_("cache", **cache)
+    document["remote"] = {"headers": headers, "ca_file": "/etc/ca.pem", "retry_delay": "150ms"}
+    loaded = config.parse(document, HERE)
+    assert config.parse(json.loads(json.dumps(loaded.to_document())), HERE) == loaded
+
+
+def test_configs_that_disagree_about_a_cache_name_both_files() -> None:
+    ours = config.parse(SHORTEST, HERE)
+    theirs = config.parse(
+        with_("cache", size="8GiB", commit_interval="1m", dir="/other/name"), Path("/b.toml")
+    )
+    assert config.cache_conflicts(ours, theirs) == [
+        "cache.commit_interval is 5s in /etc/tierblk/debian.toml and 1m in /b.toml",
+        "cache.size is 4GiB in /etc/tierblk/debian.toml and 8GiB in /b.toml",
+    ]
+    assert config.cache_conflicts(ours, config.parse(with_("device", name="b"), HERE)) == []
+
+
+class TestFiles:
+    """What can be wrong before there is a document."""
+
+    def failure(self, path: Path) -> str:
+        with pytest.raises(ConfigError) as caught:
+            config.load(path)
+        assert caught.value.exit_code == 3
+        assert str(path) in caught.value.message
+        assert "\n" not in caught.value.message
+        return caught.value.message
+
+    def written(self, tmp_path: Path, data: bytes) -> Path:
+        path = tmp_path / "a.toml"
+        path.write_bytes(data)
+        return path
+
+    def test_missing(self, tmp_path: Path) -> None:
+        assert "no such file or directory" in self.failure(tmp_path / "none.toml")
+
+    def test_directory(self, tmp_path: Path) -> None:
+        assert "is a directory" in self.failure(tmp_path)
+
+    def test_fifo_does_not_hang(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        assert "it is not a regular file" in self.failure(tmp_path / "fifo")
+
+    def test_too_large(self, tmp_path: Path) -> None:
+        assert "larger than 1MiB" in self.failure(self.written(tmp_path, b"#" * (2**20 + 1)))
+
+    def test_not_text(self, tmp_path: Path) -> None:
+        assert "line 2 is not UTF-8 text" in self.failure(self.written(tmp_path, b"a = 1\nb = '\xff'\n"))
+
+    def test_syntax_says_where(self, tmp_path: Path) -> None:
+        assert "(at line 2, column 5)" in self.failure(self.written(tmp_path, b"a = 1\nb = = 2\n"))
+
+    @pytest.mark.parametrize("data", [b"a = " + b"[" * 100_000, b"a = " + b"9" * 5000])
+    def test_hostile_documents(self, tmp_path: Path, data: bytes) -> None:
+        assert "is not a config file" in self.failure(self.written(tmp_path, data))
+
+    def test_a_relative_path_becomes_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written(tmp_path, b'device.name="a"\nbase.url="file:///x"\ncache={dir="/c",size="16MiB"}\n')
+        monkeypatch.chdir(tmp_path)
+        assert config.load("a.toml").path == tmp_path / "a.toml"
