@@ -223,7 +223,7 @@ class CacheSettings(Settings):
     dir: Annotated[Path, BeforeValidator(_absolute_path)]
     size: Annotated[int, _size(16 * MIB, 128 * TIB)]
     free_low_percent: Annotated[float, _percent(0.1, 50)] = 2.0
-    free_high_percent: Annotated[float, _percent(0.1, 50)] = Field(4.0, validate_default=True)
+    free_high_percent: Annotated[float, _percent(0.1, 50)] = Field(default=4.0, validate_default=True)
     commit_interval: Annotated[Seconds, _duration(0.1, 600)] = 5.0
 
     @field_validator("free_high_percent")
@@ -240,7 +240,9 @@ class RemoteSettings(Settings):
 
     max_requests: Annotated[int, _integer(1, 256)] = 32
     max_window: Annotated[int, _size(64 * KIB, 8 * MIB, BLOCK_BYTES)] = 1 * MIB
-    staging: Annotated[int, _size(1 * MIB, 4 * GIB, BLOCK_BYTES)] = Field(32 * MIB, validate_default=True)
+    staging: Annotated[int, _size(1 * MIB, 4 * GIB, BLOCK_BYTES)] = Field(
+        default=32 * MIB, validate_default=True
+    )
     connect_timeout: Annotated[Seconds, _duration(0.1, 600)] = 10.0
     read_timeout: Annotated[Seconds, _duration(0.1, 3600)] = 30.0
     retries: Annotated[int, _integer(0, 100)] = 3

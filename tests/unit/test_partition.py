@@ -1,0 +1,156 @@
+"""Partition tables made by a real tool are understood; hostile bytes never raise (I12)."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierblk.partition import HEAD_BYTES, Partition, PartitionTable, parse
+
+SECTOR = 512
+DISK_BYTES = 64 * 2**20
+
+
+def gpt_head(
+    partitions: list[tuple[int, int]], sectors: int, *, entries_at: int = 2, count: int = 128
+) -> bytearray:
+    """The first sectors of a GPT disk with partitions (first, last sector)."""
+    head = bytearray(HEAD_BYTES)
+    struct.pack_into("<B3sB3sII", head, 446, 0, b"\0\2\0", 0xEE, b"\xff" * 3, 1, min(sectors - 1, 0xFFFFFFFF))
+    head[510:512] = b"\x55\xaa"
+    entries = bytearray(count * 128)
+    for n, (first, last) in enumerate(partitions):
+        struct.pack_into("<16s16sQQ", entries, n * 128, b"type" * 4, bytes([n]) * 16, first, last)
+    fields = [
+        b"EFI PART",
+        0x10000,
+        92,
+        0,
+        1,
+        sectors - 1,
+        34,
+        sectors - 34,
+        b"disk" * 4,
+        entries_at,
+        count,
+        128,
+    ]
+    header = struct.pack("<8sIII4xQQQQ16sQIII", *fields, zlib.crc32(entries))
+    fields[3] = zlib.crc32(header)
+    head[SECTOR : SECTOR + 92] = struct.pack("<8sIII4xQQQQ16sQIII", *fields, zlib.crc32(entries))
+    room = head[entries_at * SECTOR : entries_at * SECTOR + len(entries)]
+    head[entries_at * SECTOR : entries_at * SECTOR + len(room)] = entries[: len(room)]
+    return head
+
+
+def sfdisk(path: Path, script: str) -> bytes:
+    path.touch()
+    with path.open("r+b") as file:
+        file.truncate(DISK_BYTES)
+    subprocess.run(
+        ["/sbin/sfdisk", "--quiet", path],
+        input=script,
+        text=True,
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    return path.read_bytes()[:HEAD_BYTES]
+
+
+def test_a_gpt_from_sfdisk(tmp_path: Path) -> None:
+    table = parse(sfdisk(tmp_path / "disk", "label: gpt\nsize=8MiB\nsize=16MiB\n"), DISK_BYTES)
+    assert table == PartitionTable(
+        "gpt",
+        (Partition(1, 2**20, 8 * 2**20), Partition(2, 9 * 2**20, 16 * 2**20)),
+        DISK_BYTES,
+        DISK_BYTES,
+    )
+    assert table.warning() is None
+
+
+def test_an_mbr_from_sfdisk(tmp_path: Path) -> None:
+    head = sfdisk(tmp_path / "disk", "label: dos\nsize=8MiB, bootable\n\nsize=16MiB, type=82\n")
+    table = parse(head[:SECTOR], DISK_BYTES)
+    assert table is not None
+    assert table.kind == "mbr"
+    assert table.partitions[0] == Partition(1, 2**20, 8 * 2**20)
+    assert table.warning() is None
+
+
+def test_an_image_that_was_cut_off(tmp_path: Path) -> None:
+    head = sfdisk(tmp_path / "disk", "label: gpt\nsize=8MiB\nsize=16MiB\n")
+    table = parse(head, 12 * 2**20)
+    assert table is not None
+    assert table.warning() == (
+        "the image is 12 MiB (12582912 bytes), but its GPT partition table needs 64 MiB (67108864 bytes): "
+        "partition 2 reaches beyond its end, so the image was probably cut off"
+    )
+    only_backup = parse(head, DISK_BYTES - SECTOR)
+    assert only_backup is not None
+    assert "the backup of the table reaches beyond its end" in (only_backup.warning() or "")
+
+
+def test_the_helper_makes_what_sfdisk_makes() -> None:
+    table = parse(bytes(gpt_head([(2048, 4095)], 8192)), 8192 * SECTOR)
+    assert table is not None
+    assert table.partitions == (Partition(1, 2048 * SECTOR, 2048 * SECTOR),)
+    assert table.end_bytes == 8192 * SECTOR
+
+
+def test_entries_that_lie_elsewhere_leave_the_size_of_the_disk() -> None:
+    table = parse(bytes(gpt_head([(2048, 4095)], 8192, entries_at=30)), 100 * SECTOR)
+    assert table is not None
+    assert table.end_bytes == 8192 * SECTOR
+    assert table.partitions == (Partition(1, 2048 * SECTOR, 2048 * SECTOR),)
+
+
+@pytest.mark.parametrize("where", [SECTOR, SECTOR + 9, SECTOR + 40, 2 * SECTOR + 32])
+def test_a_damaged_gpt_is_no_table(where: int) -> None:
+    head = gpt_head([(2048, 4095)], 8192)
+    head[where] ^= 1
+    assert parse(bytes(head), 8192 * SECTOR) is None
+
+
+@pytest.mark.parametrize("head", [b"", b"\x55\xaa", bytes(HEAD_BYTES), b"\xff" * HEAD_BYTES])
+def test_no_table(head: bytes) -> None:
+    assert parse(head, 2**30) is None
+
+
+def test_a_boot_sector_of_a_filesystem_is_no_table() -> None:
+    assert (
+        parse(b"\xeb\x58\x90mkfs.fat" + b"This is not a bootable disk. " * 17 + bytes(8) + b"\x55\xaa", 2**30)
+        is None
+    )
+
+
+@given(st.binary(max_size=2048), st.integers(0, 2**64))
+def test_hostile_bytes_never_raise(data: bytes, size_bytes: int) -> None:
+    for head in (data, data[:510].ljust(510, b"\0") + b"\x55\xaa" + data[510:]):
+        table = parse(head, size_bytes)
+        assert table is None or isinstance(table.warning(), str | None)
+
+
+U64 = st.integers(0, 2**64 - 1)
+U32 = st.integers(0, 2**32 - 1)
+
+
+@given(
+    U64, U64, U64, U32, U32 | st.sampled_from([128, 256, 512]), st.integers(0, 2**33), st.binary(max_size=512)
+)
+def test_a_gpt_whose_checksum_is_right_and_whose_numbers_lie(
+    backup: int, last: int, first: int, count: int, entry_bytes: int, size_bytes: int, entries: bytes
+) -> None:
+    head = gpt_head([(2048, 4095)], 8192)
+    head[2 * SECTOR : 2 * SECTOR + len(entries)] = entries
+    fields = [b"EFI PART", 0x10000, 92, 0, 1, backup, 34, last, b"disk" * 4, first, count, entry_bytes, 0]
+    fields[3] = zlib.crc32(struct.pack("<8sIII4xQQQQ16sQIII", *fields))
+    head[SECTOR : SECTOR + 92] = struct.pack("<8sIII4xQQQQ16sQIII", *fields)
+    table = parse(bytes(head), size_bytes)
+    assert table is None or isinstance(table.warning(), str | None)
