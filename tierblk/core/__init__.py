@@ -1,0 +1,314 @@
+"""The engine's Python face: typed wrappers over the C core, and the only place that sees a negative errno.
+
+Python names layers, blocks and staging offsets; C owns tags, masks, slots and bytes (DESIGN 4). All calls
+belong to the event loop's thread, but for those that say otherwise."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from tierblk.core._core import ffi, lib
+
+PAGE_BYTES: int = lib.TB_PAGE_BYTES
+BLOCK_BYTES: int = lib.TB_BLOCK_BYTES
+PAGES_PER_BLOCK: int = lib.TB_BLOCK_PAGES
+ENTRIES_PER_ROW: int = lib.TB_ROW_ENTRIES
+ROW_BYTES: int = lib.TB_ROW_BYTES
+MAP_HEADER_BYTES: int = lib.TB_MAP_HEADER_BYTES
+MAX_LAYERS: int = lib.TB_MAX_LAYERS
+
+MISS: int = lib.TB_EV_MISS
+FILLED: int = lib.TB_EV_FILLED
+NEED_SPACE: int = lib.TB_EV_NEED_SPACE
+EVICTED: int = lib.TB_EV_EVICTED
+FILL: int = lib.TB_CMD_FILL
+FAIL: int = lib.TB_CMD_FAIL
+EVICT: int = lib.TB_CMD_EVICT
+
+_RECORD = struct.Struct("<HHIQQiI")
+_DELETED = 1 << 63
+_POLL_BATCH = 256
+
+
+class Record(NamedTuple):
+    """One event or command of the rings (cdef.h, tb_record); which fields count depends on `kind`."""
+
+    kind: int
+    layer: int = 0
+    token: int = 0
+    block: int = 0
+    value: int = 0
+    result: int = 0
+    pages: int = 0
+
+
+def check(rc: int, what: str) -> int:
+    """`rc` itself, or OSError with what was tried when it is a negative errno."""
+    if rc < 0:
+        raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
+    return rc
+
+
+def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """CRC-32C of `data`, continued from `crc`."""
+    return int(lib.tb_crc32c(ffi.from_buffer(data), len(data), crc))
+
+
+def map_bytes(size_bytes: int) -> int:
+    """Length of the map file of a layer of `size_bytes`: a header page, then 32 bytes a block, in whole
+    pages."""
+    entries = -(-size_bytes // BLOCK_BYTES) * 32
+    return MAP_HEADER_BYTES + -(-entries // PAGE_BYTES) * PAGE_BYTES
+
+
+def _counters(c_struct: Any) -> dict[str, int]:
+    return {name: int(getattr(c_struct, name)) for name, _ in ffi.typeof(c_struct).item.fields}
+
+
+class Engine:
+    """Slots, staging memory and the filler thread of one cache directory.
+
+    `slots_fd` holds `slot_count` slots of 64 KiB (slot 0 is the superblock), `sums_fd` 64 bytes a slot; both
+    stay the caller's to close, after `close`. `dio_align_bytes` is what O_DIRECT on `slots_fd` asks of
+    offsets and lengths. Order of use: the constructor, `open_layer` and `Layer.load_row` or `warm_start` for
+    every layer, `quarantine`, `finish_load`, which starts the filler. Raises OSError."""
+
+    def __init__(
+        self, *, slots_fd: int, slot_count: int, sums_fd: int, staging_bytes: int, dio_align_bytes: int = 512
+    ) -> None:
+        out = ffi.new("tb_engine **")
+        rc = lib.tb_engine_new(slots_fd, slot_count, sums_fd, staging_bytes, dio_align_bytes, out)
+        check(rc, "cannot make the engine (io_uring, memory)")
+        self._engine = out[0]
+        self._events = ffi.new("tb_record[]", _POLL_BATCH)
+        self._events_view = memoryview(ffi.buffer(self._events))
+        self.slot_count = slot_count
+        self.staging = memoryview(ffi.buffer(lib.tb_engine_staging(self._engine), staging_bytes))
+        self.event_fd: int = lib.tb_engine_event_fd(self._engine)
+        self.layers: dict[int, Layer] = {}
+
+    @property
+    def handle(self) -> Any:
+        """The C engine, for the doors."""
+        if self._engine is None:
+            raise ValueError("the engine is closed")
+        return self._engine
+
+    def open_layer(self, layer_id: int, map_fd: int, size_bytes: int) -> Layer:
+        """Maps a layer's block map; `map_fd` has to stay open until the engine is closed. Raises OSError."""
+        out = ffi.new("tb_layer **")
+        check(
+            lib.tb_layer_open(self.handle, layer_id, map_fd, size_bytes, out), f"cannot map layer {layer_id}"
+        )
+        layer = Layer(layer_id, out[0], size_bytes)
+        self.layers[layer_id] = layer
+        return layer
+
+    def quarantine(self, slot: int) -> None:
+        """Keeps a slot that only the index names from use until the next commit; before `finish_load`
+        (R8)."""
+        check(lib.tb_slots_quarantine(self.handle, slot), f"cannot quarantine slot {slot}")
+
+    def finish_load(self) -> None:
+        """Every layer is loaded: slots that nobody names are free (R8), and the filler starts."""
+        check(lib.tb_slots_finish_load(self.handle), "cannot build the free list")
+        check(lib.tb_engine_start(self.handle), "cannot start the filler thread")
+
+    def set_low(self, free_slots: int) -> None:
+        """NEED_SPACE is said when fewer slots are free."""
+        lib.tb_engine_set_low(self.handle, free_slots)
+
+    def poll(self) -> Iterator[Record]:
+        """All events that wait, oldest first; to be exhausted when `event_fd` is readable."""
+        count = _POLL_BATCH
+        while count == _POLL_BATCH:
+            count = lib.tb_engine_poll(self.handle, self._events, _POLL_BATCH)
+            yield from map(Record._make, list(_RECORD.iter_unpack(self._events_view[: count * _RECORD.size])))
+
+    def push(self, commands: Iterable[Record]) -> None:
+        """Hands a batch of commands over. Raises OSError EAGAIN if they do not fit, which a caller that sends
+        at most one FILL per page of staging memory cannot meet."""
+        packed = b"".join(_RECORD.pack(*command) for command in commands)
+        if packed:
+            records = ffi.from_buffer("tb_record[]", packed)
+            check(
+                lib.tb_engine_push(self.handle, records, len(packed) // _RECORD.size), "command ring is full"
+            )
+
+    def commit_begin(self) -> None:
+        """R6, step 1, before the rows are taken: slots freed from now on wait for the next commit."""
+        lib.tb_slots_commit_begin(self.handle)
+
+    def commit_end(self, ok: bool) -> None:
+        """R6, step 4: slots freed before `commit_begin` are free now, or go on waiting when not `ok` (R7)."""
+        lib.tb_slots_commit_end(self.handle, ok)
+
+    def stats(self) -> dict[str, int]:
+        """Counters and levels of tb_cache_stats, in slots, blocks and writes."""
+        out = ffi.new("tb_cache_stats *")
+        lib.tb_engine_stats(self.handle, out)
+        return _counters(out)
+
+    def free_slots(self) -> int:
+        return self.stats()["free"]
+
+    def quarantined_slots(self) -> int:
+        return self.stats()["quarantined"]
+
+    def close(self) -> None:
+        """Waits for slot writes in flight, ends the filler, unmaps the layers. Raises OSError EBUSY with an
+        open door."""
+        if self._engine is None:
+            return
+        check(lib.tb_engine_free(self._engine), "a door is still open")
+        self._engine = None
+        self.layers.clear()
+
+
+class Layer:
+    """The block map of one layer; made by `Engine.open_layer`, valid until the engine is closed."""
+
+    def __init__(self, layer_id: int, handle: Any, size_bytes: int) -> None:
+        self.layer_id = layer_id
+        self.handle = handle
+        self.size_bytes = size_bytes
+        self.blocks = -(-size_bytes // BLOCK_BYTES)
+        self.rows = -(-self.blocks // ENTRIES_PER_ROW)
+
+    def load_row(self, row: int, packed: bytes) -> None:
+        """Takes a row of the index whole, or nothing of it: ValueError for a bad checksum or length, masks
+        that cannot be, a slot out of range or already owned (R2, I3, I4, R9). OSError ENOSPC when the map's
+        tmpfs is full."""
+        rc = lib.tb_layer_load_row(self.handle, row, packed, len(packed))
+        if rc in (-_EBADMSG, -_EINVAL):
+            why = "bad checksum or length" if rc == -_EBADMSG else "masks or slots that cannot be"
+            raise ValueError(f"row {row} of layer {self.layer_id}: {why}")
+        check(rc, f"row {row} of layer {self.layer_id}")
+
+    def warm_start(self) -> int:
+        """R1: the map file is the truth. Returns how many entries hold something; ValueError when a dirty
+        page's entry cannot be right."""
+        kept = int(lib.tb_layer_warm_start(self.handle))
+        if kept == -_EILSEQ:
+            raise ValueError(f"the map of layer {self.layer_id} is damaged where pages are dirty")
+        return check(kept, f"map of layer {self.layer_id}")
+
+    def take_changed(self, max_rows: int) -> list[tuple[int, bytes]]:
+        """R6, step 1: (row, packed copy) of up to `max_rows` changed rows, no longer counted as changed; b""
+        for a row that holds nothing. Fewer than `max_rows`: none is left."""
+        rows = ffi.new("uint64_t[]", max_rows)
+        packed = ffi.new("uint8_t[]", max_rows * ROW_BYTES)
+        count = lib.tb_layer_take_changed(self.handle, rows, packed, max_rows)
+        view = ffi.buffer(packed)
+        taken = []
+        for i in range(count):
+            row = int(rows[i])
+            gone = bool(row & _DELETED)
+            taken.append((row & ~_DELETED, b"" if gone else view[i * ROW_BYTES : (i + 1) * ROW_BYTES]))
+        return taken
+
+    def put_back(self, rows: Iterable[int]) -> None:
+        """R7: these rows, taken for a cycle that failed, are changed again."""
+        for row in rows:
+            check(lib.tb_layer_put_back(self.handle, row), f"row {row}")
+
+    def changed(self) -> bool:
+        return bool(lib.tb_layer_changed(self.handle))
+
+    def peek_row(self, row: int) -> bytes:
+        """The row as it is now, packed; b"" when it holds nothing."""
+        packed = ffi.new("uint8_t[]", ROW_BYTES)
+        return (
+            bytes(ffi.buffer(packed))
+            if check(lib.tb_layer_peek_row(self.handle, row, packed), "row")
+            else b""
+        )
+
+    def page_sums(self, block: int) -> tuple[int, tuple[int, ...]]:
+        """(cached mask, 16 kept checksums) of a block; a sum counts only where the mask has its page."""
+        sums = ffi.new("uint32_t[]", PAGES_PER_BLOCK)
+        mask = check(lib.tb_layer_page_sums(self.handle, block, sums), "block")
+        return mask, tuple(int(value) for value in sums)
+
+    def cached_pages(self) -> int:
+        return int(lib.tb_layer_cached_pages(self.handle))
+
+
+class Door:
+    """A way into a layer, with a queue thread of its own. `end_fd` is readable once that thread has ended."""
+
+    def __init__(self, handle: Any, depth: int) -> None:
+        self._door = handle
+        self.depth = depth
+        self.end_fd: int = lib.tb_door_end_fd(handle)
+
+    @property
+    def handle(self) -> Any:
+        if self._door is None:
+            raise ValueError("the door is closed")
+        return self._door
+
+    def stats(self) -> dict[str, int]:
+        """Counters of tb_stats: requests and bytes; `waiting` and `active` are levels."""
+        out = ffi.new("tb_stats *")
+        lib.tb_door_stats(self.handle, out)
+        return _counters(out)
+
+    def drain(self) -> None:
+        """Ends every parked and later miss in EIO; hits go on. Before STOP_DEV, always."""
+        lib.tb_door_drain(self.handle)
+
+    def quit(self) -> None:
+        """Asks the thread to end when no request is active."""
+        lib.tb_door_quit(self.handle)
+
+    def close(self) -> None:
+        """Waits for the thread and frees the door. Blocks: not on the event loop."""
+        if self._door is not None:
+            door, self._door = self._door, None
+            lib.tb_door_close(door)
+
+
+class UblkDoor(Door):
+    """Queue 0 of a ublk device, plane `copy`. Open it after SET_PARAMS, before START_DEV. Raises OSError."""
+
+    def __init__(self, engine: Engine, base: Layer, *, cdev_fd: int, queue_depth: int, dev_id: int) -> None:
+        out = ffi.new("tb_queue **")
+        rc = lib.tb_ublk_open(engine.handle, base.handle, cdev_fd, queue_depth, dev_id, out)
+        check(rc, f"cannot serve ublk device {dev_id}")
+        super().__init__(out[0], queue_depth)
+
+
+class LocalDoor(Door):
+    """Reads from this process. Raises OSError."""
+
+    def __init__(self, engine: Engine, base: Layer, *, queue_depth: int = 16) -> None:
+        out = ffi.new("tb_queue **")
+        check(lib.tb_local_open(engine.handle, base.handle, queue_depth, out), "cannot open a local door")
+        super().__init__(out[0], queue_depth)
+
+    def read(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """The device's bytes; any thread, blocks it without the GIL. Multiples of 512. Raises OSError."""
+        out = ffi.new("uint8_t[]", length_bytes)
+        rc = lib.tb_local_read(self.handle, offset_bytes, length_bytes, out)
+        check(rc, f"read of {length_bytes} bytes at {offset_bytes}")
+        return bytes(ffi.buffer(out))
+
+
+@contextmanager
+def local_door(engine: Engine, base: Layer, *, queue_depth: int = 16) -> Iterator[LocalDoor]:
+    """A local door for a while; at the end its misses are drained, so it closes whatever the remote does."""
+    door = LocalDoor(engine, base, queue_depth=queue_depth)
+    try:
+        yield door
+    finally:
+        door.drain()
+        door.quit()
+        door.close()
+
+
+_EINVAL, _EBADMSG, _EILSEQ = 22, 74, 84

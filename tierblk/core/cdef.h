@@ -1,0 +1,91 @@
+/* What Python may call. Read twice: by the C compiler (through core.h) and by cffi, so it holds nothing but
+ * integer constants, plain structs and prototypes. Every function returns 0 or a count, or a negative errno. */
+
+#define TB_PAGE_BYTES 4096
+#define TB_BLOCK_BYTES 65536
+#define TB_BLOCK_PAGES 16
+#define TB_ROW_ENTRIES 64
+#define TB_ROW_BYTES 772
+#define TB_MAP_HEADER_BYTES 4096
+#define TB_MAX_LAYERS 4096
+#define TB_MAX_TAGS 4096
+#define TB_RING_RECORDS 32768
+
+/* Events, engine to Python. */
+#define TB_EV_MISS 1
+#define TB_EV_FILLED 2
+#define TB_EV_NEED_SPACE 3
+#define TB_EV_EVICTED 4
+
+/* Commands, Python to engine. */
+#define TB_CMD_FILL 1
+#define TB_CMD_FAIL 2
+#define TB_CMD_EVICT 3
+
+/* One event or command; 32 bytes. Which fields count is said in docs/architecture.md, section Rings. */
+typedef struct {
+    uint16_t kind;
+    uint16_t layer;
+    uint32_t token;
+    uint64_t block;
+    uint64_t value;
+    int32_t result;
+    uint32_t pages;
+} tb_record;
+
+typedef struct {
+    uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
+    uint64_t slot_errors, waiting, active, enters;
+} tb_stats;
+
+typedef struct {
+    uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, zero_blocks, evicted;
+} tb_cache_stats;
+
+typedef struct tb_engine tb_engine;
+typedef struct tb_layer tb_layer;
+typedef struct tb_queue tb_queue;
+
+uint32_t tb_crc32c(const void *data, size_t length, uint32_t crc);
+
+/* The engine: slots, staging, the filler thread. slots_fd and sums_fd stay the caller's to close, after tb_engine_free. */
+int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t staging_bytes, uint32_t dio_align, tb_engine **out);
+int tb_engine_start(tb_engine *engine);
+int tb_engine_free(tb_engine *engine);
+int tb_engine_event_fd(tb_engine *engine);
+uint8_t *tb_engine_staging(tb_engine *engine);
+void tb_engine_set_low(tb_engine *engine, uint32_t free_slots);
+int tb_engine_poll(tb_engine *engine, tb_record *out, int max);
+int tb_engine_push(tb_engine *engine, const tb_record *in, int count);
+void tb_engine_stats(tb_engine *engine, tb_cache_stats *out);
+
+/* Slots. */
+int tb_slots_finish_load(tb_engine *engine);
+int tb_slots_quarantine(tb_engine *engine, uint32_t slot);
+void tb_slots_commit_begin(tb_engine *engine);
+void tb_slots_commit_end(tb_engine *engine, int ok);
+
+/* Layers: the block map. */
+int tb_layer_open(tb_engine *engine, uint16_t id, int map_fd, uint64_t size_bytes, tb_layer **out);
+int tb_layer_close(tb_layer *layer);
+int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length);
+int64_t tb_layer_warm_start(tb_layer *layer);
+int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int max);
+int tb_layer_put_back(tb_layer *layer, uint64_t row);
+int tb_layer_changed(tb_layer *layer);
+int tb_layer_peek_row(tb_layer *layer, uint64_t row, uint8_t *packed);
+int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums);
+uint64_t tb_layer_cached_pages(tb_layer *layer);
+
+/* Doors. A door's thread runs from tb_*_open to tb_door_close. */
+int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint16_t depth, uint32_t dev_id, tb_queue **out);
+int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, tb_queue **out);
+int tb_local_read(tb_queue *door, uint64_t offset, uint64_t length, uint8_t *out);
+int tb_door_end_fd(tb_queue *door);
+int tb_door_drain(tb_queue *door);
+int tb_door_quit(tb_queue *door);
+int tb_door_close(tb_queue *door);
+void tb_door_stats(tb_queue *door, tb_stats *out);
+
+/* One ublk control command, waited for. Call it from a thread that may block, never from the event loop. */
+int tb_ublk_control(uint32_t cmd_op, uint32_t dev_id, uint16_t queue_id, void *payload, uint16_t length, uint64_t data, uint32_t timeout_ms);

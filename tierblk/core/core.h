@@ -1,0 +1,283 @@
+/* What the C files share. Ownership and locking, in one place:
+ *
+ *   entries of a block map   under the stripe lock of their row; no lock is held across I/O
+ *   a fill's parked list     under the stripe lock of the fill's block
+ *   a fill's other fields    the filler thread, from the MISS to the end of the fill
+ *   a request                its queue's thread, except between park and wake, when the filler may put bytes into it
+ *   slot bitmaps             under engine->slot_lock, the innermost lock
+ *   rings to and from Python one producer and one consumer each: the filler and the event loop
+ */
+#ifndef TB_CORE_H
+#define TB_CORE_H
+
+#include <errno.h>
+#include <liburing.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "cdef.h"
+#include "prim.h"
+
+#define TB_SECTOR 512u
+#define TB_STRIPES 1024u
+#define TB_MAX_FILLS 8192u
+
+/* Transient flags of an entry, meaningless to the next session. */
+#define TB_ENTRY_REFERENCED 1u /* hit since the eviction hand last passed */
+#define TB_ENTRY_PROBATION 2u  /* filled, not yet hit a second time */
+
+/* The half of an entry that must change as one: slot, masks, flags (R1). */
+typedef union {
+    struct {
+        uint32_t slot; /* 0: none, since slot 0 is the superblock */
+        uint16_t present, cached, zero, dirty, fresh, flags;
+    };
+    uint8_t bytes __attribute__((vector_size(16)));
+} tb_head;
+
+typedef struct {
+    tb_head head;
+    uint32_t fill; /* index + 1 of the running fill; 0: none (I7) */
+    uint16_t readers, writers;
+    uint16_t overtaken; /* pages written or discarded since the fill's MISS (R5) */
+    uint16_t born;      /* the engine's fill clock when the block was cached */
+    uint32_t generation;
+} tb_entry;
+
+_Static_assert(sizeof(tb_entry) == 32, "a map entry is 32 bytes");
+_Static_assert(sizeof(tb_record) == 32, "a record is 32 bytes");
+
+struct tb_layer {
+    tb_engine *engine;
+    tb_entry *entries;
+    uint64_t *ready;          /* a bit per map page: its memory on tmpfs is allocated */
+    uint64_t *changed;        /* a bit per row */
+    uint64_t *changed_words;  /* a bit per word of `changed` */
+    uint8_t *map;
+    size_t map_bytes, ready_bytes, changed_bytes, words_bytes;
+    uint64_t blocks, rows, size_bytes;
+    uint64_t cached_pages;
+    uint32_t doors;
+    int map_fd;
+    uint16_t id;
+};
+
+typedef struct tb_req tb_req;
+struct tb_req {
+    tb_req *next; /* in an inbox or a parked list */
+    tb_queue *queue;
+    uint8_t *buffer; /* the tag's own memory: one block, page-aligned */
+    uint8_t *data;   /* where the request's first byte goes, in `buffer` */
+    void *cookie;    /* the door's */
+    uint64_t block;
+    uint32_t offset, length; /* bytes, within the block */
+    int32_t result;          /* 0 so far, or a negative errno */
+    uint16_t tag, need;      /* need: pages of the block that are still to be put into it */
+    uint16_t inflight;
+    uint8_t tries, missed, slot_failed, all_zero;
+} __attribute__((aligned(64)));
+
+typedef struct {
+    int (*start)(tb_queue *queue);                                /* issue what brings the first requests */
+    void (*event)(tb_queue *queue, uint64_t user_data, int result); /* a completion that is the door's own */
+    void (*complete)(tb_queue *queue, tb_req *req);               /* req->result is final: hand it back, once (I11) */
+    void (*turn)(tb_queue *queue);                                /* once a turn: new work of the door's own */
+    bool (*waiting)(tb_queue *queue);                             /* is there such work? asked just before sleeping */
+    void (*stop)(tb_queue *queue);                                /* on the way out, in the thread */
+    void (*release)(tb_queue *queue);                             /* after join: free the door's own */
+} tb_door_ops;
+
+struct tb_queue {
+    struct io_uring ring;
+    tb_engine *engine;
+    tb_layer *base;
+    const tb_door_ops *ops;
+    void *door;
+    tb_req *reqs;
+    uint8_t *buffers;
+    tb_req *inbox;    /* stack: requests that the filler hands back */
+    uint32_t armed;   /* 1: asleep, or about to be: a producer must write to wake_fd */
+    uint32_t draining, quitting, done;
+    uint16_t depth;
+    int wake_fd, end_fd, failure;
+    uint64_t wake_value;
+    uint32_t id;
+    pthread_t thread;
+    bool started;
+    pthread_mutex_t ready_lock;
+    pthread_cond_t ready_cond;
+    bool ready;
+    tb_stats stats;
+};
+
+typedef enum { FILL_FREE = 0, FILL_ASKED, FILL_WRITING } tb_fill_state;
+
+typedef struct tb_fill tb_fill;
+struct tb_fill {
+    tb_fill *next; /* in the miss inbox or the free list */
+    tb_layer *layer;
+    tb_req *parked, **parked_end;
+    uint64_t block, staging_offset;
+    uint32_t token, slot;
+    uint16_t want, staged, zeros, writing, inflight;
+    uint8_t state, new_slot;
+    int32_t result;
+    uint32_t sums[TB_BLOCK_PAGES];
+};
+
+/* One-way ring of records between two threads, and the eventfd that wakes its consumer. */
+typedef struct {
+    tb_record *records;
+    uint32_t head __attribute__((aligned(64))); /* consumer's */
+    uint32_t armed;
+    uint32_t tail __attribute__((aligned(64))); /* producer's */
+    int wake_fd;
+} tb_ring;
+
+struct tb_engine {
+    int slots_fd;
+    uint32_t slot_count, dio_align, low;
+    struct {
+        tb_lock lock;
+        uint8_t pad[60];
+    } stripes[TB_STRIPES];
+
+    tb_lock slot_lock;
+    uint64_t *free, *quarantine[2]; /* bit per slot; [0] open for freed slots, [1] closed by the running commit */
+    uint64_t *owner;                /* per slot: layer << 48 | block, while a block has it; else UINT64_MAX or 0 */
+    uint32_t free_count, quarantined, hint, bad, hand, probation;
+    bool loaded;
+
+    uint8_t *sums;
+    size_t sums_bytes;
+    uint8_t *staging;
+    uint64_t staging_bytes;
+
+    tb_layer *layers[TB_MAX_LAYERS];
+    uint32_t tags, next_door;
+
+    tb_fill *fills, *fill_free;
+    tb_lock fill_lock;
+    uint32_t fills_used;
+    uint16_t clock; /* ticks once per 1/64 of the slots filled */
+    uint32_t clock_fills;
+
+    tb_ring events, commands;
+    tb_fill *miss_inbox;
+    uint32_t drain_scan, filler_quit, need_space_told;
+    uint64_t evict_wanted, evict_done, evict_steps;
+    uint32_t writes_inflight;
+    struct io_uring ring;
+    uint64_t wake_value;
+    pthread_t filler;
+    sem_t filler_ready;
+    int filler_failure;
+    bool filler_running, ring_made;
+    tb_cache_stats stats;
+};
+
+/* user_data of every SQE: a pointer (48 bits), what it is (low 3 bits), and the length expected in sectors (top byte). */
+enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3 };
+
+static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
+{
+    return (uint64_t)(uintptr_t)pointer | kind | (uint64_t)(bytes / TB_SECTOR) << 56;
+}
+
+static inline unsigned tb_ud_kind(uint64_t ud)
+{
+    return ud & 7;
+}
+
+static inline void *tb_ud_pointer(uint64_t ud)
+{
+    return (void *)(uintptr_t)(ud & 0x00fffffffffffff8ull);
+}
+
+static inline uint32_t tb_ud_bytes(uint64_t ud)
+{
+    return (uint32_t)(ud >> 56) * TB_SECTOR;
+}
+
+/* ring.c */
+int tb_ring_init(tb_ring *ring);
+void tb_ring_free(tb_ring *ring);
+int tb_ring_push(tb_ring *ring, const tb_record *in, int count);
+int tb_ring_pop(tb_ring *ring, tb_record *out, int max);
+void tb_ring_kick(tb_ring *ring);
+bool tb_ring_arm(tb_ring *ring);
+struct io_uring_sqe *tb_sqe(struct io_uring *ring);
+int tb_uring_init(struct io_uring *ring, unsigned entries);
+void tb_wake_arm(struct io_uring *ring, int fd, uint64_t *value);
+int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument);
+
+/* map.c */
+static inline tb_lock *tb_stripe(const tb_layer *layer, uint64_t block)
+{
+    uint64_t key = (block / TB_ROW_ENTRIES + (uint64_t)layer->id * 0x9e3779b97f4a7c15ull) * 0xff51afd7ed558ccdull;
+    return &layer->engine->stripes[key >> 54].lock;
+}
+
+static inline void tb_entry_store(tb_entry *entry, tb_head head)
+{
+    entry->head.bytes = head.bytes; /* one aligned 16-byte store: a kill leaves the old entry or the new one (R1) */
+}
+
+static inline uint16_t tb_valid_pages(const tb_layer *layer, uint64_t block)
+{
+    uint64_t left = layer->size_bytes - block * TB_BLOCK_BYTES;
+    uint64_t pages = left >= TB_BLOCK_BYTES ? TB_BLOCK_PAGES : tb_round_up(left, TB_PAGE_BYTES) / TB_PAGE_BYTES;
+    return (uint16_t)((1u << pages) - 1);
+}
+
+int tb_map_prepare(tb_layer *layer, uint64_t block);
+void tb_map_mark(tb_layer *layer, uint64_t block);
+
+/* slots.c */
+int tb_slots_init(tb_engine *engine);
+void tb_slots_exit(tb_engine *engine);
+uint32_t tb_slot_take(tb_engine *engine);
+void tb_slot_give_back(tb_engine *engine, uint32_t slot);
+void tb_slot_quarantine(tb_engine *engine, uint32_t slot);
+void tb_slot_condemn(tb_engine *engine, uint32_t slot);
+void tb_slot_own(tb_engine *engine, uint32_t slot, const tb_layer *layer, uint64_t block);
+bool tb_slot_owned(const tb_engine *engine, uint32_t slot);
+void tb_evict_turn(tb_engine *engine);
+
+/* fill.c */
+int tb_fills_init(tb_engine *engine);
+tb_fill *tb_fill_begin(tb_layer *layer, uint64_t block, uint16_t want);
+void tb_fill_park(tb_fill *fill, tb_req *req);
+void tb_fill_stage(tb_engine *engine, tb_fill *fill, uint16_t pages);
+void tb_fill_put(tb_engine *engine, tb_fill *fill);
+void tb_fill_keep(tb_engine *engine, tb_fill *fill);
+void tb_fill_written(tb_engine *engine, tb_fill *fill);
+void tb_fill_end(tb_engine *engine, tb_fill *fill, int result, uint16_t cached, uint16_t zero);
+void tb_hand_back_all(tb_req *list, int result);
+void tb_say(tb_engine *engine, tb_record event);
+
+/* filler.c */
+void tb_filler_wake(tb_engine *engine);
+void *tb_filler_main(void *argument);
+
+/* serve.c */
+void tb_serve(tb_req *req);
+void tb_slot_read_done(tb_req *req, int result, uint32_t expected);
+void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes);
+uint16_t tb_pages_of(uint32_t offset, uint32_t length);
+
+/* queue.c */
+int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_door_ops *ops, void *door, tb_queue **out);
+int tb_queue_start(tb_queue *queue);
+void tb_queue_free(tb_queue *queue);
+void tb_queue_hand_back(tb_req *req);
+void tb_queue_wake(tb_queue *queue);
+void tb_finish(tb_req *req);
+
+#endif

@@ -1,0 +1,260 @@
+/* Fills: from the first request that misses a block until its bytes are in a slot, or the attempt failed. A fill begins in
+ * any queue's thread, under the stripe lock of its block; everything after that happens in the filler (filler.c).
+ *
+ * Staged bytes are put into waiting requests before and apart from the write to the SSD, so that a reader waits for its
+ * own pages only. */
+#define _GNU_SOURCE
+#include "core.h"
+
+void tb_say(tb_engine *e, tb_record event)
+{
+    /* One MISS and one FILLED per fill and a few more fit the ring by construction; losing one would hang a reader. */
+    if (tb_ring_push(&e->events, &event, 1))
+        abort();
+}
+
+int tb_fills_init(tb_engine *e)
+{
+    size_t bytes = TB_MAX_FILLS * sizeof *e->fills;
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED)
+        return -ENOMEM;
+    e->fills = p;
+    return 0;
+}
+
+/* Under the block's stripe lock. NULL when all are in use: more blocks are being filled than there are tags. */
+tb_fill *tb_fill_begin(tb_layer *layer, uint64_t block, uint16_t want)
+{
+    tb_engine *e = layer->engine;
+    tb_lock_take(&e->fill_lock);
+    tb_fill *fill = e->fill_free;
+    if (fill)
+        e->fill_free = fill->next;
+    else if (e->fills_used < TB_MAX_FILLS) {
+        fill = &e->fills[e->fills_used];
+        fill->token = e->fills_used;
+        __atomic_store_n(&e->fills_used, e->fills_used + 1, __ATOMIC_RELEASE);
+    }
+    tb_lock_give(&e->fill_lock);
+    if (!fill)
+        return NULL;
+    fill->token += TB_MAX_FILLS; /* a new generation over the same index: an old token never matches (R5) */
+    fill->layer = layer;
+    fill->block = block;
+    fill->want = want;
+    fill->staged = fill->zeros = fill->writing = fill->inflight = 0;
+    fill->slot = fill->new_slot = 0;
+    fill->result = 0;
+    fill->parked = NULL;
+    fill->parked_end = &fill->parked;
+    layer->entries[block].fill = (uint32_t)(fill - e->fills) + 1;
+    layer->entries[block].overtaken = 0;
+    __atomic_store_n(&fill->state, FILL_ASKED, __ATOMIC_RELEASE);
+    return fill;
+}
+
+/* Under the block's stripe lock. */
+void tb_fill_park(tb_fill *fill, tb_req *req)
+{
+    req->next = NULL;
+    *fill->parked_end = req;
+    fill->parked_end = &req->next;
+}
+
+static tb_req *take_parked(tb_fill *fill)
+{
+    tb_lock *stripe = tb_stripe(fill->layer, fill->block);
+    tb_lock_take(stripe);
+    tb_req *list = fill->parked;
+    fill->parked = NULL;
+    fill->parked_end = &fill->parked;
+    tb_lock_give(stripe);
+    return list;
+}
+
+/* Gives every parked request what is staged of it; the complete ones go back to their owners. The list is taken off
+ * while bytes are copied, since no lock is held that long; who parks meanwhile is seen by the next call or the end. */
+void tb_fill_put(tb_engine *e, tb_fill *fill)
+{
+    const uint8_t *staged = e->staging + fill->staging_offset;
+    tb_req *list = take_parked(fill), *keep = NULL, **keep_end = &keep;
+    while (list) {
+        tb_req *req = list;
+        list = req->next;
+        tb_put(req, fill->staged, staged);
+        if (!req->need)
+            tb_queue_hand_back(req);
+        else {
+            *keep_end = req;
+            keep_end = &req->next;
+        }
+    }
+    if (!keep)
+        return;
+    tb_lock *stripe = tb_stripe(fill->layer, fill->block);
+    tb_lock_take(stripe);
+    *keep_end = fill->parked;
+    if (!fill->parked)
+        fill->parked_end = keep_end;
+    fill->parked = keep;
+    tb_lock_give(stripe);
+}
+
+void tb_hand_back_all(tb_req *list, int result)
+{
+    while (list) {
+        tb_req *req = list;
+        list = req->next;
+        req->result = result;
+        tb_queue_hand_back(req);
+    }
+}
+
+/* The end of a fill, after its bytes are in the slot or nowhere: masks and slot in one store, then everybody who waits
+ * looks again. `result` is what Python is told: 0 kept, 1 not kept, or a negative errno. */
+void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint16_t zero)
+{
+    tb_layer *layer = fill->layer;
+    tb_entry *entry = &layer->entries[fill->block];
+    tb_lock *stripe = tb_stripe(layer, fill->block);
+    if (cached && fill->new_slot)
+        tb_slot_own(e, fill->slot, layer, fill->block);
+    tb_lock_take(stripe);
+    tb_head head = entry->head;
+    if (cached) {
+        if (!head.slot) {
+            head.slot = fill->slot;
+            head.flags = TB_ENTRY_PROBATION;
+            entry->born = e->clock;
+            TB_ADD(&e->probation, 1);
+        }
+        head.cached |= cached;
+        TB_ADD(&layer->cached_pages, (uint64_t)__builtin_popcount(cached));
+    }
+    head.zero |= zero;
+    tb_entry_store(entry, head);
+    if (cached || zero)
+        tb_map_mark(layer, fill->block);
+    entry->fill = 0;
+    tb_req *list = fill->parked;
+    fill->parked = NULL;
+    __atomic_store_n(&fill->state, FILL_FREE, __ATOMIC_RELEASE);
+    tb_lock_give(stripe);
+    tb_say(e, (tb_record){.kind = TB_EV_FILLED, .layer = layer->id, .token = fill->token, .block = fill->block,
+                       .value = fill->staging_offset, .result = result, .pages = cached | zero});
+    tb_lock_take(&e->fill_lock);
+    fill->next = e->fill_free;
+    e->fill_free = fill;
+    tb_lock_give(&e->fill_lock);
+    tb_hand_back_all(list, result < 0 && !fill->staged ? result : 0);
+}
+
+void tb_fill_written(tb_engine *e, tb_fill *fill)
+{
+    if (fill->result == 0) {
+        /* I5: the sums are in place before the entry says cached, so the commit that names the pages syncs them. */
+        uint32_t *sums = (uint32_t *)(e->sums + (size_t)fill->slot * 64);
+        for (unsigned page = 0; page < TB_BLOCK_PAGES; page++)
+            if (fill->writing >> page & 1)
+                sums[page] = fill->sums[page];
+        if (++e->clock_fills > e->slot_count / 64) {
+            e->clock_fills = 0;
+            __atomic_store_n(&e->clock, (uint16_t)(e->clock + 1), __ATOMIC_RELAXED);
+        }
+        TB_COUNT(&e->stats.slot_writes, 1);
+        tb_fill_end(e, fill, 0, fill->writing, 0);
+        return;
+    }
+    TB_COUNT(&e->stats.slot_write_errors, 1);
+    if (fill->new_slot) {
+        if (fill->result == -EAGAIN || fill->result == -EINTR)
+            tb_slot_give_back(e, fill->slot);
+        else
+            tb_slot_condemn(e, fill->slot);
+    }
+    tb_fill_put(e, fill);
+    tb_fill_end(e, fill, fill->result, 0, 0);
+}
+
+static void want_space(tb_engine *e)
+{
+    if (TB_LOAD(&e->free_count) >= TB_LOAD(&e->low) || e->need_space_told)
+        return;
+    e->need_space_told = 1;
+    tb_say(e, (tb_record){.kind = TB_EV_NEED_SPACE, .value = TB_LOAD(&e->free_count)});
+}
+
+static void write_slot(tb_engine *e, tb_fill *fill)
+{
+    uint16_t mask = fill->writing;
+    fill->state = FILL_WRITING;
+    while (mask) {
+        uint32_t first = (uint32_t)__builtin_ctz(mask);
+        uint32_t pages = (uint32_t)__builtin_ctz(~((uint32_t)mask >> first));
+        mask &= (uint16_t)~(((1u << pages) - 1) << first);
+        struct io_uring_sqe *sqe = tb_sqe(&e->ring);
+        io_uring_prep_write(sqe, 0, e->staging + fill->staging_offset + first * TB_PAGE_BYTES, pages * TB_PAGE_BYTES,
+                            (uint64_t)fill->slot * TB_BLOCK_BYTES + first * TB_PAGE_BYTES);
+        sqe->flags |= IOSQE_FIXED_FILE;
+        sqe->user_data = tb_ud(fill, UD_SLOT_WRITE, pages * TB_PAGE_BYTES);
+        fill->inflight++;
+        e->writes_inflight++;
+    }
+}
+
+/* Everything that will come has come. A block of nothing but zeros needs no slot. Without a free slot the block is not
+ * kept: reads pass through (DESIGN 9). */
+void tb_fill_keep(tb_engine *e, tb_fill *fill)
+{
+    tb_layer *layer = fill->layer;
+    uint16_t valid = tb_valid_pages(layer, fill->block);
+    tb_lock *stripe = tb_stripe(layer, fill->block);
+    tb_lock_take(stripe);
+    tb_entry *entry = &layer->entries[fill->block];
+    tb_head head = entry->head;
+    fill->writing = fill->staged & (uint16_t)~(head.cached | head.zero | entry->overtaken); /* I7 */
+    tb_lock_give(stripe);
+    if (fill->zeros == valid && !head.slot && fill->writing == valid) {
+        TB_COUNT(&e->stats.zero_blocks, 1);
+        tb_fill_end(e, fill, 0, 0, valid);
+        return;
+    }
+    if (!fill->writing) {
+        tb_fill_end(e, fill, 0, 0, 0);
+        return;
+    }
+    fill->slot = head.slot; /* nobody but a fill gives an entry its slot, and this is its only fill (R2, I7) */
+    if (!fill->slot) {
+        fill->slot = tb_slot_take(e);
+        fill->new_slot = fill->slot != 0;
+        want_space(e);
+    }
+    if (fill->slot)
+        write_slot(e, fill);
+    else {
+        tb_fill_put(e, fill);
+        tb_fill_end(e, fill, 1, 0, 0);
+    }
+}
+
+static bool all_zero(const uint8_t *page)
+{
+    return page[0] == 0 && memcmp(page, page + 1, TB_PAGE_BYTES - 1) == 0;
+}
+
+void tb_fill_stage(tb_engine *e, tb_fill *fill, uint16_t pages)
+{
+    uint8_t *block = e->staging + fill->staging_offset;
+    uint64_t left = fill->layer->size_bytes - fill->block * TB_BLOCK_BYTES;
+    if (left < TB_BLOCK_BYTES && left % TB_PAGE_BYTES) /* the tail page's missing sectors read as zeros (DESIGN 5) */
+        memset(block + left, 0, TB_PAGE_BYTES - left % TB_PAGE_BYTES);
+    for (unsigned page = 0; page < TB_BLOCK_PAGES; page++) {
+        if (!(pages >> page & 1))
+            continue;
+        fill->sums[page] = tb_crc32c(block + page * TB_PAGE_BYTES, TB_PAGE_BYTES, 0);
+        if (all_zero(block + page * TB_PAGE_BYTES))
+            fill->zeros |= (uint16_t)(1u << page);
+    }
+    fill->staged |= pages;
+}

@@ -1,0 +1,168 @@
+/* Door: calls from this process, for tests, tools and export. A call is split at block borders as the kernel would
+ * split it, goes through the same engine, and is copied out of the tags' buffers. */
+#define _GNU_SOURCE
+#include "core.h"
+
+typedef struct local_call local_call;
+struct local_call {
+    local_call *next;
+    uint8_t *out;
+    uint64_t offset, length, issued; /* issued: bytes from the start that tags have taken */
+    uint32_t pending;                /* tags at work on it */
+    int result;
+    pthread_mutex_t lock;
+    pthread_cond_t done_cond;
+    bool done;
+};
+
+typedef struct {
+    local_call *inbox;               /* stack, any thread */
+    local_call *first, **end;        /* the queue thread's, in order of arrival */
+    tb_req *idle;
+} local_door;
+
+static void call_done(local_call *call)
+{
+    pthread_mutex_lock(&call->lock);
+    call->done = true;
+    pthread_cond_signal(&call->done_cond);
+    pthread_mutex_unlock(&call->lock); /* the caller may free `call` from here */
+}
+
+static int local_start(tb_queue *queue)
+{
+    local_door *door = queue->door;
+    for (uint16_t tag = 0; tag < queue->depth; tag++) {
+        queue->reqs[tag].next = door->idle;
+        door->idle = &queue->reqs[tag];
+    }
+    return io_uring_register_files(&queue->ring, &queue->engine->slots_fd, 1);
+}
+
+static void local_complete(tb_queue *queue, tb_req *req)
+{
+    local_door *door = queue->door;
+    local_call *call = req->cookie;
+    if (req->result < 0 && call->result == 0)
+        call->result = req->result;
+    else if (req->result >= 0)
+        memcpy(call->out + (req->block * TB_BLOCK_BYTES + req->offset - call->offset), req->data, req->length);
+    req->next = door->idle;
+    door->idle = req;
+    call->pending--;
+    if (call->pending == 0 && call->issued == call->length)
+        call_done(call);
+}
+
+static void issue(tb_queue *queue, local_door *door, local_call *call)
+{
+    tb_req *req = door->idle;
+    uint64_t at = call->offset + call->issued, left = call->length - call->issued;
+    door->idle = req->next;
+    req->result = 0;
+    req->tries = req->missed = req->slot_failed = req->all_zero = 0;
+    req->cookie = call;
+    req->block = at / TB_BLOCK_BYTES;
+    req->offset = (uint32_t)(at % TB_BLOCK_BYTES);
+    req->length = (uint32_t)(left < TB_BLOCK_BYTES - req->offset ? left : TB_BLOCK_BYTES - req->offset);
+    req->data = req->buffer + (queue->engine->dio_align > TB_SECTOR ? req->offset % TB_PAGE_BYTES : 0);
+    req->need = tb_pages_of(req->offset, req->length);
+    call->issued += req->length;
+    call->pending++;
+    TB_COUNT(&queue->stats.active, 1);
+    tb_serve(req);
+}
+
+static void local_turn(tb_queue *queue)
+{
+    local_door *door = queue->door;
+    local_call *stack = __atomic_exchange_n(&door->inbox, NULL, __ATOMIC_SEQ_CST), *oldest = NULL;
+    while (stack) {
+        local_call *next = stack->next;
+        stack->next = oldest;
+        oldest = stack;
+        stack = next;
+    }
+    while (oldest) {
+        local_call *next = oldest->next;
+        oldest->next = NULL;
+        *door->end = oldest;
+        door->end = &oldest->next;
+        oldest = next;
+    }
+    while (door->first && door->idle) {
+        local_call *call = door->first;
+        bool last = call->length - call->issued <= TB_BLOCK_BYTES - (call->offset + call->issued) % TB_BLOCK_BYTES;
+        if (last) { /* off the list before its last piece, whose completion may end and free it */
+            door->first = call->next;
+            if (!door->first)
+                door->end = &door->first;
+        }
+        issue(queue, door, call);
+    }
+}
+
+static bool local_waiting(tb_queue *queue)
+{
+    local_door *door = queue->door;
+    return __atomic_load_n(&door->inbox, __ATOMIC_SEQ_CST) != NULL;
+}
+
+static void local_event(tb_queue *queue, uint64_t user_data, int result)
+{
+    (void)queue, (void)user_data, (void)result; /* this door submits nothing of its own */
+}
+
+static void local_release(tb_queue *queue)
+{
+    free(queue->door);
+}
+
+static const tb_door_ops ops = {
+    .start = local_start, .event = local_event, .complete = local_complete, 
+    .turn = local_turn, .waiting = local_waiting, .release = local_release,
+};
+
+int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, tb_queue **out)
+{
+    local_door *door = calloc(1, sizeof *door);
+    if (!door)
+        return -ENOMEM;
+    door->end = &door->first;
+    tb_queue *queue;
+    int rc = tb_queue_new(engine, base, depth, &ops, door, &queue);
+    if (rc) {
+        free(door);
+        return rc;
+    }
+    rc = tb_queue_start(queue);
+    if (rc == 0)
+        *out = queue;
+    return rc;
+}
+
+/* Any thread, without the GIL; waits for the answer. offset and length in bytes, multiples of 512, inside the device.
+ * Returns 0 or the first error met; `out` is then undefined. No call may be made or under way at tb_door_quit. */
+int tb_local_read(tb_queue *queue, uint64_t offset, uint64_t length, uint8_t *out)
+{
+    if (length == 0 || offset % TB_SECTOR || length % TB_SECTOR)
+        return -EINVAL;
+    if (offset > queue->base->size_bytes || length > queue->base->size_bytes - offset)
+        return -EINVAL;
+    local_door *door = queue->door;
+    local_call call = {.out = out, .offset = offset, .length = length};
+    pthread_mutex_init(&call.lock, NULL);
+    pthread_cond_init(&call.done_cond, NULL);
+    local_call *head = TB_LOAD(&door->inbox);
+    do
+        call.next = head;
+    while (!__atomic_compare_exchange_n(&door->inbox, &head, &call, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    tb_queue_wake(queue);
+    pthread_mutex_lock(&call.lock);
+    while (!call.done)
+        pthread_cond_wait(&call.done_cond, &call.lock);
+    pthread_mutex_unlock(&call.lock);
+    pthread_mutex_destroy(&call.lock);
+    pthread_cond_destroy(&call.done_cond);
+    return call.result;
+}

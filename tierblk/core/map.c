@@ -1,0 +1,297 @@
+/* The block map of a layer: a sparse shared file on tmpfs (R1), its rows as the index keeps them (R6, R9).
+ *
+ * A map page is touched only after its memory was allocated with fallocate: a full tmpfs is then an error code here,
+ * where it would otherwise be a SIGBUS in the middle of a request. */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#define PAGE_ENTRIES (TB_PAGE_BYTES / sizeof(tb_entry))
+#define PACKED_ENTRY 12
+
+static uint64_t *bits_new(uint64_t bits, size_t *bytes)
+{
+    *bytes = tb_round_up(bits, 64) / 8;
+    void *p = mmap(NULL, *bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+/* Maps `map_fd` (header page, then 32 bytes a block), which stays the caller's to close. Before any door is open. */
+int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, tb_layer **out)
+{
+    if (id == 0 || id >= TB_MAX_LAYERS || e->layers[id] || size_bytes == 0)
+        return -EINVAL;
+    tb_layer *layer = calloc(1, sizeof *layer);
+    if (!layer)
+        return -ENOMEM;
+    layer->engine = e;
+    layer->id = id;
+    layer->map_fd = map_fd;
+    layer->size_bytes = size_bytes;
+    layer->blocks = tb_round_up(size_bytes, TB_BLOCK_BYTES) / TB_BLOCK_BYTES;
+    layer->rows = tb_round_up(layer->blocks, TB_ROW_ENTRIES) / TB_ROW_ENTRIES;
+    layer->map_bytes = TB_MAP_HEADER_BYTES + tb_round_up(layer->blocks * sizeof(tb_entry), TB_PAGE_BYTES);
+    layer->ready = bits_new(layer->map_bytes / TB_PAGE_BYTES, &layer->ready_bytes);
+    layer->changed = bits_new(layer->rows, &layer->changed_bytes);
+    layer->changed_words = bits_new(tb_round_up(layer->rows, 64) / 64, &layer->words_bytes);
+    struct stat st;
+    int rc = fstat(map_fd, &st) ? -errno : (uint64_t)st.st_size < layer->map_bytes ? -ENODATA : 0;
+    layer->map = rc ? MAP_FAILED : mmap(NULL, layer->map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, map_fd, 0);
+    if (layer->map == MAP_FAILED || !layer->ready || !layer->changed || !layer->changed_words) {
+        rc = rc ? rc : -ENOMEM;
+        tb_layer_close(layer);
+        return rc;
+    }
+    madvise(layer->map, layer->map_bytes, MADV_DONTDUMP);
+    layer->entries = (tb_entry *)(layer->map + TB_MAP_HEADER_BYTES);
+    e->layers[id] = layer;
+    *out = layer;
+    return 0;
+}
+
+/* -EBUSY while a door uses it. The engine must not run, or nothing may be in flight on the layer. */
+int tb_layer_close(tb_layer *layer)
+{
+    if (TB_LOAD(&layer->doors))
+        return -EBUSY;
+    if (layer->map && layer->map != MAP_FAILED)
+        munmap(layer->map, layer->map_bytes);
+    if (layer->ready)
+        munmap(layer->ready, layer->ready_bytes);
+    if (layer->changed)
+        munmap(layer->changed, layer->changed_bytes);
+    if (layer->changed_words)
+        munmap(layer->changed_words, layer->words_bytes);
+    if (layer->engine->layers[layer->id] == layer)
+        layer->engine->layers[layer->id] = NULL;
+    free(layer);
+    return 0;
+}
+
+static bool prepared(const tb_layer *layer, uint64_t block)
+{
+    return tb_bit_get(layer->ready, block / PAGE_ENTRIES);
+}
+
+/* Makes the entry of `block` safe to touch: 0, or -ENOSPC when tmpfs is full. Costs one bit test once it is. */
+int tb_map_prepare(tb_layer *layer, uint64_t block)
+{
+    if (prepared(layer, block))
+        return 0;
+    off_t offset = TB_MAP_HEADER_BYTES + (off_t)(block / PAGE_ENTRIES * TB_PAGE_BYTES);
+    while (fallocate(layer->map_fd, 0, offset, TB_PAGE_BYTES))
+        if (errno != EINTR)
+            return -errno;
+    tb_bit_set(layer->ready, block / PAGE_ENTRIES);
+    return 0;
+}
+
+/* After the entry's store: its row differs from the last copy taken. */
+void tb_map_mark(tb_layer *layer, uint64_t block)
+{
+    uint64_t row = block / TB_ROW_ENTRIES;
+    if (!tb_bit_get(layer->changed, row)) {
+        tb_bit_set(layer->changed, row);
+        tb_bit_set(layer->changed_words, row / 64);
+    }
+}
+
+static uint64_t row_end(const tb_layer *layer, uint64_t row)
+{
+    uint64_t end = (row + 1) * TB_ROW_ENTRIES;
+    return end < layer->blocks ? end : layer->blocks;
+}
+
+static tb_head unpack(const uint8_t *p)
+{
+    tb_head head = {.slot = 0};
+    memcpy(&head.slot, p, 4);
+    memcpy(&head.present, p + 4, 8); /* present cached zero dirty, in this order in both */
+    return head;
+}
+
+static bool head_valid(const tb_layer *layer, uint64_t block, tb_head head)
+{
+    uint16_t all = head.present | head.cached | head.zero | head.dirty;
+    if (all & ~tb_valid_pages(layer, block) || head.cached & head.zero) /* R2 */
+        return false;
+    if (head.dirty & ~head.present || head.dirty & ~(head.cached | head.zero)) /* I3 */
+        return false;
+    if (head.slot >= layer->engine->slot_count || (head.cached != 0 && head.slot == 0))
+        return false;
+    return head.slot == 0 || !tb_slot_owned(layer->engine, head.slot); /* I4 */
+}
+
+static void adopt(tb_layer *layer, uint64_t block, tb_head head)
+{
+    if (head.slot)
+        tb_slot_own(layer->engine, head.slot, layer, block);
+    layer->cached_pages += (uint64_t)__builtin_popcount(head.cached);
+    tb_entry_store(&layer->entries[block], head);
+}
+
+/* One row of the index, at start. All of it or nothing: -EBADMSG for a bad checksum or length, -EINVAL for masks or
+ * slots that cannot be (R2, I3, I4, R9), -ENOSPC for a full tmpfs. */
+int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length)
+{
+    uint32_t sum;
+    if (length != TB_ROW_BYTES)
+        return -EBADMSG;
+    memcpy(&sum, packed + TB_ROW_ENTRIES * PACKED_ENTRY, sizeof sum);
+    if (sum != tb_crc32c(packed, TB_ROW_ENTRIES * PACKED_ENTRY, 0))
+        return -EBADMSG;
+    if (row >= layer->rows)
+        return -EINVAL;
+    uint64_t first = row * TB_ROW_ENTRIES, end = row_end(layer, row);
+    for (uint64_t i = 0; i < TB_ROW_ENTRIES; i++) {
+        tb_head head = unpack(packed + i * PACKED_ENTRY);
+        if (first + i >= end ? head.slot || head.present || head.cached || head.zero || head.dirty
+                             : !head_valid(layer, first + i, head))
+            return -EINVAL;
+        for (uint64_t j = 0; head.slot && j < i; j++)
+            if (unpack(packed + j * PACKED_ENTRY).slot == head.slot)
+                return -EINVAL;
+    }
+    int rc = tb_map_prepare(layer, first);
+    if (rc)
+        return rc;
+    for (uint64_t block = first; block < end; block++)
+        adopt(layer, block, unpack(packed + (block - first) * PACKED_ENTRY));
+    return 0;
+}
+
+static bool persistent(tb_head head)
+{
+    return head.slot || head.present || head.cached || head.zero || head.dirty;
+}
+
+/* A warm start (R1): the map is the truth. Clears what belonged to the dead session, marks every row, and forgets a
+ * clean block whose entry cannot be (its row is then written as absent). Returns the number of entries that hold
+ * anything; -EILSEQ when a dirty page would be lost that way. */
+int64_t tb_layer_warm_start(tb_layer *layer)
+{
+    int64_t kept = 0;
+    off_t end = (off_t)layer->map_bytes, at = lseek(layer->map_fd, TB_MAP_HEADER_BYTES, SEEK_DATA);
+    while (at >= 0 && at < end) {
+        off_t hole = lseek(layer->map_fd, at, SEEK_HOLE);
+        for (off_t page = at / TB_PAGE_BYTES; page < (hole + TB_PAGE_BYTES - 1) / TB_PAGE_BYTES && page * TB_PAGE_BYTES < end; page++) {
+            uint64_t first = (uint64_t)(page - 1) * PAGE_ENTRIES;
+            tb_bit_set(layer->ready, first / PAGE_ENTRIES);
+            for (uint64_t block = first; block < first + PAGE_ENTRIES && block < layer->blocks; block++) {
+                tb_entry *entry = &layer->entries[block];
+                tb_head head = entry->head;
+                head.fresh = head.flags = 0;
+                memset((uint8_t *)entry + sizeof(tb_head), 0, sizeof(tb_entry) - sizeof(tb_head));
+                if (!persistent(head)) {
+                    tb_entry_store(entry, head);
+                    continue;
+                }
+                if (!head_valid(layer, block, head)) {
+                    if (head.dirty)
+                        return -EILSEQ;
+                    head = (tb_head){.present = head.present};
+                }
+                adopt(layer, block, head);
+                tb_map_mark(layer, block);
+                kept++;
+            }
+        }
+        at = lseek(layer->map_fd, hole, SEEK_DATA);
+    }
+    return kept;
+}
+
+static bool pack_row(tb_layer *layer, uint64_t row, uint8_t *packed)
+{
+    bool any = false;
+    uint64_t first = row * TB_ROW_ENTRIES, end = row_end(layer, row);
+    memset(packed, 0, TB_ROW_BYTES);
+    if (!prepared(layer, first))
+        return false;
+    tb_lock *stripe = tb_stripe(layer, first); /* one row, one stripe: the copy is of one instant */
+    tb_lock_take(stripe);
+    for (uint64_t block = first; block < end; block++) {
+        tb_head head = layer->entries[block].head;
+        any |= persistent(head);
+        memcpy(packed + (block - first) * PACKED_ENTRY, &head.slot, 4);
+        memcpy(packed + (block - first) * PACKED_ENTRY + 4, &head.present, 8);
+    }
+    tb_lock_give(stripe);
+    uint32_t sum = tb_crc32c(packed, TB_ROW_ENTRIES * PACKED_ENTRY, 0);
+    memcpy(packed + TB_ROW_ENTRIES * PACKED_ENTRY, &sum, sizeof sum);
+    return any;
+}
+
+/* R6, step 1: clears up to `max` changed bits, each before its row is copied. rows[i] has bit 63 set when the row holds
+ * nothing any more and is to be deleted. Returns how many; fewer than `max` when none is left. Event loop only. */
+int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int max)
+{
+    int count = 0;
+    uint64_t words = tb_round_up(layer->rows, 64) / 64;
+    for (uint64_t group = 0; group < tb_round_up(words, 64) / 64; group++) {
+        uint64_t pending = __atomic_exchange_n(&layer->changed_words[group], 0, __ATOMIC_SEQ_CST);
+        for (; pending; pending &= pending - 1) {
+            uint64_t word = group * 64 + (uint64_t)__builtin_ctzll(pending);
+            while (count < max) {
+                uint64_t bits = __atomic_load_n(&layer->changed[word], __ATOMIC_ACQUIRE);
+                if (!bits)
+                    break;
+                uint64_t row = word * 64 + (uint64_t)__builtin_ctzll(bits);
+                __atomic_fetch_and(&layer->changed[word], ~(bits & -bits), __ATOMIC_SEQ_CST);
+                bool any = pack_row(layer, row, packed + (size_t)count * TB_ROW_BYTES);
+                rows[count++] = any ? row : row | 1ull << 63;
+            }
+            if (__atomic_load_n(&layer->changed[word], __ATOMIC_ACQUIRE))
+                tb_bit_set(layer->changed_words, word);
+        }
+        if (count == max)
+            break;
+    }
+    return count;
+}
+
+/* R7: a failed cycle's row is changed again. */
+int tb_layer_put_back(tb_layer *layer, uint64_t row)
+{
+    if (row >= layer->rows)
+        return -EINVAL;
+    tb_map_mark(layer, row * TB_ROW_ENTRIES);
+    return 0;
+}
+
+int tb_layer_changed(tb_layer *layer)
+{
+    for (uint64_t group = 0; group < layer->words_bytes / 8; group++)
+        if (__atomic_load_n(&layer->changed_words[group], __ATOMIC_ACQUIRE))
+            return 1;
+    return 0;
+}
+
+/* The row as it is now: 1 when it holds anything. */
+int tb_layer_peek_row(tb_layer *layer, uint64_t row, uint8_t *packed)
+{
+    return row >= layer->rows ? -EINVAL : pack_row(layer, row, packed);
+}
+
+/* The kept checksums of a block's cached pages into sums[16]; returns the cached mask, or 0 when it has none. */
+int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
+{
+    if (block >= layer->blocks)
+        return -EINVAL;
+    if (!prepared(layer, block))
+        return 0;
+    tb_lock *stripe = tb_stripe(layer, block);
+    tb_lock_take(stripe);
+    tb_head head = layer->entries[block].head;
+    if (head.slot)
+        memcpy(sums, layer->engine->sums + (size_t)head.slot * 64, 64);
+    tb_lock_give(stripe);
+    return head.cached;
+}
+
+uint64_t tb_layer_cached_pages(tb_layer *layer)
+{
+    return TB_LOAD(&layer->cached_pages);
+}

@@ -1,0 +1,286 @@
+/* A queue: one thread, one io_uring, a fixed set of requests with their buffers. What is particular to a door is in its
+ * tb_door_ops. The thread never takes the GIL, never blocks outside io_uring_enter, and allocates nothing per request. */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <stdio.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+
+/* Any thread: gives a parked request back to its owner, who completes it or looks again. */
+void tb_queue_hand_back(tb_req *req)
+{
+    tb_queue *queue = req->queue;
+    tb_req *head = TB_LOAD(&queue->inbox);
+    do
+        req->next = head;
+    while (!__atomic_compare_exchange_n(&queue->inbox, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    tb_queue_wake(queue);
+}
+
+void tb_queue_wake(tb_queue *queue)
+{
+    if (__atomic_exchange_n(&queue->armed, 0, __ATOMIC_SEQ_CST)) {
+        uint64_t one = 1;
+        ssize_t written = write(queue->wake_fd, &one, sizeof one);
+        (void)written; /* EAGAIN: a wake-up is pending */
+    }
+}
+
+/* Counts the request and hands it to its door, once (I11). */
+void tb_finish(tb_req *req)
+{
+    tb_stats *stats = &req->queue->stats;
+    TB_COUNT(&stats->requests, 1);
+    if (req->result < 0)
+        TB_COUNT(&stats->errors, 1);
+    else if (req->missed) {
+        TB_COUNT(&stats->miss_requests, 1);
+        TB_COUNT(&stats->miss_bytes, req->length);
+    } else if (req->all_zero) {
+        TB_COUNT(&stats->zero_requests, 1);
+        TB_COUNT(&stats->zero_bytes, req->length);
+    } else {
+        TB_COUNT(&stats->hit_requests, 1);
+        TB_COUNT(&stats->hit_bytes, req->length);
+    }
+    TB_COUNT(&stats->active, -1ull);
+    req->queue->ops->complete(req->queue, req);
+}
+
+static void take_inbox(tb_queue *queue)
+{
+    tb_req *stack = __atomic_exchange_n(&queue->inbox, NULL, __ATOMIC_SEQ_CST), *oldest = NULL;
+    while (stack) {
+        tb_req *next = stack->next;
+        stack->next = oldest;
+        oldest = stack;
+        stack = next;
+    }
+    while (oldest) {
+        tb_req *req = oldest;
+        oldest = req->next;
+        TB_COUNT(&queue->stats.waiting, -1ull);
+        if (req->result || !req->need)
+            tb_finish(req);
+        else
+            tb_serve(req);
+    }
+}
+
+static void take_completions(tb_queue *queue)
+{
+    struct io_uring_cqe *cqe;
+    unsigned head, count = 0;
+    io_uring_for_each_cqe(&queue->ring, head, cqe)
+    {
+        uint64_t ud = cqe->user_data;
+        count++;
+        switch (tb_ud_kind(ud)) {
+        case UD_SLOT_READ:
+            tb_slot_read_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
+            break;
+        case UD_DOOR:
+            queue->ops->event(queue, ud, cqe->res);
+            break;
+        default:
+            tb_wake_arm(&queue->ring, queue->wake_fd, &queue->wake_value);
+        }
+    }
+    io_uring_cq_advance(&queue->ring, count);
+}
+
+static void tell_ready(tb_queue *queue, int failure)
+{
+    pthread_mutex_lock(&queue->ready_lock);
+    queue->failure = failure;
+    queue->ready = true;
+    pthread_cond_signal(&queue->ready_cond);
+    pthread_mutex_unlock(&queue->ready_lock);
+}
+
+static bool may_leave(tb_queue *queue)
+{
+    if (queue->done)
+        return true;
+    return __atomic_load_n(&queue->quitting, __ATOMIC_ACQUIRE) && TB_LOAD(&queue->stats.active) == 0;
+}
+
+static void serve_until_done(tb_queue *queue)
+{
+    while (!may_leave(queue)) {
+        take_inbox(queue);
+        if (queue->ops->turn)
+            queue->ops->turn(queue);
+        __atomic_exchange_n(&queue->armed, 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&queue->inbox, __ATOMIC_SEQ_CST) || (queue->ops->waiting && queue->ops->waiting(queue)))
+            continue; /* came in while armed was still 0, so nobody wrote to wake_fd */
+        if (may_leave(queue))
+            break;
+        int rc = io_uring_submit_and_wait(&queue->ring, 1);
+        TB_COUNT(&queue->stats.enters, 1);
+        __atomic_store_n(&queue->armed, 0, __ATOMIC_RELAXED);
+        if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY) {
+            queue->failure = rc; /* the ring itself is broken: nothing can be served any more */
+            break;
+        }
+        take_completions(queue);
+    }
+}
+
+static void *queue_main(void *argument)
+{
+    tb_queue *queue = argument;
+    char name[16];
+    snprintf(name, sizeof name, "tb-queue-%u", queue->id);
+    pthread_setname_np(pthread_self(), name);
+    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* reclaim must never wait for this thread; needs CAP_SYS_RESOURCE */
+    int rc = tb_uring_init(&queue->ring, queue->depth < 64 ? 256 : queue->depth * 4u);
+    if (rc < 0) {
+        tell_ready(queue, rc);
+        return NULL;
+    }
+    tb_wake_arm(&queue->ring, queue->wake_fd, &queue->wake_value);
+    rc = queue->ops->start(queue);
+    if (rc == 0) {
+        rc = io_uring_submit(&queue->ring);
+        rc = rc < 0 ? rc : 0;
+    }
+    tell_ready(queue, rc);
+    if (rc == 0)
+        serve_until_done(queue);
+    if (queue->ops->stop)
+        queue->ops->stop(queue);
+    io_uring_queue_exit(&queue->ring);
+    uint64_t one = 1;
+    ssize_t written = write(queue->end_fd, &one, sizeof one);
+    (void)written;
+    return NULL;
+}
+
+int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_door_ops *ops, void *door, tb_queue **out)
+{
+    if (depth == 0 || engine->tags + depth > TB_MAX_TAGS)
+        return -EINVAL;
+    tb_queue *queue = calloc(1, sizeof *queue);
+    if (!queue)
+        return -ENOMEM;
+    queue->engine = engine;
+    queue->base = base;
+    queue->depth = depth;
+    queue->ops = ops;
+    queue->door = door;
+    queue->id = engine->next_door++;
+    queue->armed = 0;
+    queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    queue->end_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    pthread_mutex_init(&queue->ready_lock, NULL);
+    pthread_cond_init(&queue->ready_cond, NULL);
+    size_t bytes = (size_t)depth * TB_BLOCK_BYTES;
+    queue->buffers = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    queue->reqs = aligned_alloc(64, (size_t)depth * sizeof *queue->reqs);
+    if (queue->buffers == MAP_FAILED || !queue->reqs || queue->wake_fd < 0 || queue->end_fd < 0) {
+        tb_queue_free(queue);
+        return -ENOMEM;
+    }
+    madvise(queue->buffers, bytes, MADV_DONTFORK); /* a fork's copy-on-write must not move them under the driver */
+    memset(queue->reqs, 0, (size_t)depth * sizeof *queue->reqs);
+    for (uint16_t tag = 0; tag < depth; tag++) {
+        queue->reqs[tag].queue = queue;
+        queue->reqs[tag].tag = tag;
+        queue->reqs[tag].buffer = queue->buffers + (size_t)tag * TB_BLOCK_BYTES;
+    }
+    *out = queue;
+    return 0;
+}
+
+/* Starts the thread and waits until its first commands are submitted. On failure the queue is gone. */
+int tb_queue_start(tb_queue *queue)
+{
+    int rc = tb_thread_start(&queue->thread, queue_main, queue);
+    if (rc) {
+        tb_queue_free(queue);
+        return rc;
+    }
+    queue->started = true;
+    pthread_mutex_lock(&queue->ready_lock);
+    while (!queue->ready)
+        pthread_cond_wait(&queue->ready_cond, &queue->ready_lock);
+    rc = queue->failure;
+    pthread_mutex_unlock(&queue->ready_lock);
+    if (rc) {
+        pthread_join(queue->thread, NULL);
+        tb_queue_free(queue);
+        return rc;
+    }
+    queue->engine->tags += queue->depth;
+    TB_ADD(&queue->base->doors, 1);
+    return 0;
+}
+
+void tb_queue_free(tb_queue *queue)
+{
+    if (queue->ops->release)
+        queue->ops->release(queue);
+    if (queue->buffers && queue->buffers != MAP_FAILED)
+        munmap(queue->buffers, (size_t)queue->depth * TB_BLOCK_BYTES);
+    free(queue->reqs);
+    if (queue->wake_fd >= 0)
+        close(queue->wake_fd);
+    if (queue->end_fd >= 0)
+        close(queue->end_fd);
+    pthread_mutex_destroy(&queue->ready_lock);
+    pthread_cond_destroy(&queue->ready_cond);
+    free(queue);
+}
+
+/* Readable once the thread has ended. */
+int tb_door_end_fd(tb_queue *queue)
+{
+    return queue->end_fd;
+}
+
+/* From here on every miss of this door, parked or to come, ends in EIO without Python; hits go on. To be called before
+ * STOP_DEV: the kernel's stop waits for requests, and a daemon that dies meanwhile cannot be killed (core.md, trap 1).
+ *
+ * A request is parked under its stripe lock after a look at `draining`. Passing every lock once after the store means
+ * that whoever looked before it has parked by now, where the filler's scan finds it. */
+int tb_door_drain(tb_queue *queue)
+{
+    tb_engine *engine = queue->engine;
+    __atomic_store_n(&queue->draining, 1, __ATOMIC_SEQ_CST);
+    for (unsigned i = 0; i < TB_STRIPES; i++) {
+        tb_lock_take(&engine->stripes[i].lock);
+        tb_lock_give(&engine->stripes[i].lock);
+    }
+    __atomic_store_n(&engine->drain_scan, 1, __ATOMIC_SEQ_CST);
+    tb_filler_wake(engine);
+    return 0;
+}
+
+/* Asks the thread to leave when its last request is done; drain first, or a miss may hold it. */
+int tb_door_quit(tb_queue *queue)
+{
+    __atomic_store_n(&queue->quitting, 1, __ATOMIC_RELEASE);
+    tb_queue_wake(queue);
+    return 0;
+}
+
+/* Waits for the thread and frees the door. Not on the event loop. */
+int tb_door_close(tb_queue *queue)
+{
+    if (queue->started) {
+        pthread_join(queue->thread, NULL);
+        queue->engine->tags -= queue->depth;
+        TB_ADD(&queue->base->doors, -1u);
+    }
+    tb_queue_free(queue);
+    return 0;
+}
+
+void tb_door_stats(tb_queue *queue, tb_stats *out)
+{
+    uint64_t *from = (uint64_t *)&queue->stats, *to = (uint64_t *)out;
+    for (size_t i = 0; i < sizeof *out / sizeof *to; i++)
+        to[i] = TB_LOAD(&from[i]);
+}

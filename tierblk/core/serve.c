@@ -1,0 +1,205 @@
+/* A read, from look-up to completion, whichever door it came through. All of it runs in the queue's own thread. */
+#include "core.h"
+
+/* The pages that [offset, offset + length) of a block touches; length > 0. */
+uint16_t tb_pages_of(uint32_t offset, uint32_t length)
+{
+    uint32_t first = offset / TB_PAGE_BYTES, last = (offset + length - 1) / TB_PAGE_BYTES;
+    return (uint16_t)((2u << last) - (1u << first));
+}
+
+/* The request's bytes that lie in pages [first, last], as a range within the block. */
+static void span(const tb_req *req, uint32_t first, uint32_t last, uint32_t *start, uint32_t *end)
+{
+    uint32_t request_end = req->offset + req->length;
+    *start = first * TB_PAGE_BYTES > req->offset ? first * TB_PAGE_BYTES : req->offset;
+    *end = (last + 1) * TB_PAGE_BYTES < request_end ? (last + 1) * TB_PAGE_BYTES : request_end;
+}
+
+/* Takes the lowest run of set bits out of *mask. */
+static void next_run(uint16_t *mask, uint32_t *first, uint32_t *last)
+{
+    *first = (uint32_t)__builtin_ctz(*mask);
+    *last = *first + (uint32_t)__builtin_ctz(~((uint32_t)*mask >> *first)) - 1;
+    *mask &= (uint16_t)~((2u << *last) - (1u << *first));
+}
+
+/* Bytes from a staged or any other copy of the whole block, for those of `pages` that the request still needs. The
+ * filler calls this too, for a request that is parked with it. */
+void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes)
+{
+    uint16_t mask = pages & req->need;
+    while (mask) {
+        uint32_t first, last, start, end;
+        next_run(&mask, &first, &last);
+        span(req, first, last, &start, &end);
+        memcpy(req->data + (start - req->offset), block_bytes + start, end - start);
+    }
+    req->need &= (uint16_t)~pages;
+}
+
+static void put_zeros(tb_req *req, uint16_t mask)
+{
+    while (mask) {
+        uint32_t first, last, start, end;
+        next_run(&mask, &first, &last);
+        span(req, first, last, &start, &end);
+        memset(req->data + (start - req->offset), 0, end - start);
+    }
+}
+
+/* One SQE a run. Where the cache's disk wants more than sectors, the read is widened inside its own pages: the request's
+ * data was laid out so that those bytes are the tag's own (begin of the request in tb_ublk, tb_local). */
+static void read_slot(tb_req *req, uint32_t slot, uint16_t mask)
+{
+    tb_queue *queue = req->queue;
+    uint32_t align = queue->engine->dio_align;
+    req->inflight = 0;
+    while (mask) {
+        uint32_t first, last, start, end;
+        next_run(&mask, &first, &last);
+        span(req, first, last, &start, &end);
+        start = start / align * align;
+        end = (uint32_t)tb_round_up(end, align);
+        struct io_uring_sqe *sqe = tb_sqe(&queue->ring);
+        io_uring_prep_read(sqe, 0, req->data + (int64_t)start - req->offset, end - start, (uint64_t)slot * TB_BLOCK_BYTES + start);
+        sqe->flags |= IOSQE_FIXED_FILE;
+        sqe->user_data = tb_ud(req, UD_SLOT_READ, end - start);
+        req->inflight++;
+    }
+}
+
+/* SIEVE's visited bit. The first hit after a fill proves little: a sequential reader touches a block many times within
+ * moments. It only counts when other fills came between (the clock moved), so a scan stays on probation. */
+static void note_hit(tb_engine *engine, tb_entry *entry)
+{
+    uint16_t flags = entry->head.flags;
+    if (flags & TB_ENTRY_PROBATION) {
+        if ((uint16_t)(TB_LOAD(&engine->clock) - entry->born) == 0)
+            return;
+        flags &= (uint16_t)~TB_ENTRY_PROBATION;
+        TB_ADD(&engine->probation, -1u);
+    }
+    if (flags != (entry->head.flags | TB_ENTRY_REFERENCED))
+        entry->head.flags = flags | TB_ENTRY_REFERENCED;
+}
+
+static void fail(tb_req *req, int result)
+{
+    req->result = result;
+    tb_finish(req);
+}
+
+/* Under the stripe lock, which it gives back: the request waits for a fill of its block (I7: the one that runs, or a
+ * new one). Draining is looked at under the lock, see tb_door_drain. */
+static void park(tb_req *req, tb_lock *stripe, uint16_t missing)
+{
+    tb_layer *layer = req->queue->base;
+    tb_engine *engine = layer->engine;
+    tb_entry *entry = &layer->entries[req->block];
+    bool ask = !entry->fill;
+    tb_fill *fill = NULL;
+    if (!__atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST))
+        fill = ask ? tb_fill_begin(layer, req->block, missing) : &engine->fills[entry->fill - 1];
+    if (!fill) {
+        tb_lock_give(stripe);
+        fail(req, -EIO);
+        return;
+    }
+    req->missed = 1;
+    TB_COUNT(&req->queue->stats.waiting, 1);
+    tb_fill_park(fill, req); /* from here to the hand-back the request is the filler's */
+    tb_lock_give(stripe);
+    if (ask) {
+        tb_fill *head = TB_LOAD(&engine->miss_inbox);
+        do
+            fill->next = head;
+        while (!__atomic_compare_exchange_n(&engine->miss_inbox, &head, fill, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+        tb_filler_wake(engine);
+    }
+}
+
+/* Looks up every page that the request still needs and serves it, or parks it. Woken requests come through here again,
+ * from the start (R5). */
+void tb_serve(tb_req *req)
+{
+    tb_layer *layer = req->queue->base;
+    int rc = tb_map_prepare(layer, req->block);
+    if (rc) {
+        fail(req, rc);
+        return;
+    }
+    tb_lock *stripe = tb_stripe(layer, req->block);
+    tb_entry *entry = &layer->entries[req->block];
+    tb_lock_take(stripe);
+    tb_head head = entry->head;
+    uint16_t missing = req->need & (uint16_t)~(head.cached | head.zero);
+    if (missing) {
+        park(req, stripe, missing);
+        return;
+    }
+    uint16_t from_slot = req->need & head.cached;
+    if (from_slot) {
+        entry->readers++; /* R2: the slot stays while it is read */
+        note_hit(layer->engine, entry);
+    }
+    tb_lock_give(stripe);
+    put_zeros(req, req->need & head.zero);
+    if (from_slot)
+        read_slot(req, head.slot, from_slot);
+    else {
+        req->need = 0;
+        req->all_zero = 1;
+        tb_finish(req);
+    }
+}
+
+/* The SSD failed to give a clean block back: its pages are not cached any more, and the slot is lost to everybody as
+ * soon as nothing uses it. The remote still has the bytes, so the reader goes there (DESIGN 9). */
+static void forget_block(tb_layer *layer, tb_entry *entry, uint64_t block)
+{
+    tb_engine *engine = layer->engine;
+    tb_head head = entry->head;
+    TB_ADD(&layer->cached_pages, -(uint64_t)__builtin_popcount(head.cached));
+    if (head.flags & TB_ENTRY_PROBATION)
+        TB_ADD(&engine->probation, -1u);
+    head.cached = head.flags = 0;
+    uint32_t slot = head.slot;
+    bool loses = slot && !entry->readers && !entry->writers && !entry->fill;
+    if (loses)
+        head.slot = 0;
+    tb_entry_store(entry, head);
+    tb_map_mark(layer, block);
+    if (loses)
+        tb_slot_condemn(engine, slot);
+}
+
+void tb_slot_read_done(tb_req *req, int result, uint32_t expected)
+{
+    tb_layer *layer = req->queue->base;
+    if (result != (int)expected) {
+        req->slot_failed |= result == -EAGAIN || result == -EINTR ? 1 : 2;
+        TB_COUNT(&req->queue->stats.slot_errors, 1);
+    }
+    if (--req->inflight)
+        return;
+    tb_entry *entry = &layer->entries[req->block];
+    tb_lock *stripe = tb_stripe(layer, req->block);
+    tb_lock_take(stripe);
+    entry->readers--;
+    if (req->slot_failed & 2 && !entry->head.dirty)
+        forget_block(layer, entry, req->block);
+    tb_lock_give(stripe);
+    if (!req->slot_failed) {
+        req->need = 0;
+        tb_finish(req);
+        return;
+    }
+    req->slot_failed = 0;
+    if (++req->tries > 4) {
+        fail(req, -EIO);
+        return;
+    }
+    req->need = tb_pages_of(req->offset, req->length);
+    tb_serve(req);
+}

@@ -1,0 +1,145 @@
+"""Control commands of the ublk driver (Documentation/block/ublk.rst; numbers as in the project's ublk notes).
+
+Every function blocks and is called from a thread that may, never from the event loop: START_DEV waits for the
+queue, and before Linux 6.15 for a partition scan; STOP_DEV waits for requests. A negative errno becomes
+OSError."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from tierblk.core import check
+from tierblk.core._core import ffi, lib
+
+F_SUPPORT_ZERO_COPY = 1 << 0
+F_USER_RECOVERY = 1 << 3
+F_USER_RECOVERY_REISSUE = 1 << 4
+F_CMD_IOCTL_ENCODE = 1 << 6
+F_USER_COPY = 1 << 7
+F_UPDATE_SIZE = 1 << 10
+F_AUTO_BUF_REG = 1 << 11
+F_SAFE_STOP_DEV = 1 << 17
+F_NO_AUTO_PART_SCAN = 1 << 18
+
+FEATURE_NAMES = {
+    F_SUPPORT_ZERO_COPY: "SUPPORT_ZERO_COPY",
+    F_USER_RECOVERY: "USER_RECOVERY",
+    F_USER_RECOVERY_REISSUE: "USER_RECOVERY_REISSUE",
+    F_USER_COPY: "USER_COPY",
+    F_UPDATE_SIZE: "UPDATE_SIZE",
+    F_AUTO_BUF_REG: "AUTO_BUF_REG",
+    F_SAFE_STOP_DEV: "SAFE_STOP_DEV",
+    F_NO_AUTO_PART_SCAN: "NO_AUTO_PART_SCAN",
+}
+
+STATE_DEAD, STATE_LIVE, STATE_QUIESCED = 0, 1, 2
+
+_GET_DEV_INFO = 0x80207502
+_ADD_DEV = 0xC0207504
+_DEL_DEV = 0xC0207505
+_START_DEV = 0xC0207506
+_STOP_DEV = 0xC0207507
+_SET_PARAMS = 0xC0207508
+_GET_FEATURES = 0x80207513
+_TRY_STOP_DEV = 0xC0207517
+
+_ALL_QUEUES = 0xFFFF
+_NEW_ID = 0xFFFFFFFF
+_INFO = struct.Struct("<HHHHIIiIQQII16x")  # ublksrv_ctrl_dev_info, 64 bytes
+_BASIC = struct.Struct("<IIIBBBBIIQQ")  # ublk_params up to and with ublk_param_basic, 40 bytes
+_PARAM_TYPE_BASIC = 1
+_ATTR_READ_ONLY = 1
+
+QUICK_MS = 10_000
+"""For commands that wait for nothing but the driver."""
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """ublksrv_ctrl_dev_info as the driver returned it; `flags` is what was granted, `stamp` is ours to
+    use."""
+
+    dev_id: int
+    queues: int
+    queue_depth: int
+    state: int
+    max_io_bytes: int
+    server_pid: int
+    flags: int
+    stamp: int
+
+
+def _control(
+    cmd_op: int,
+    dev_id: int,
+    payload: bytearray | None,
+    data: int,
+    timeout_ms: int,
+    what: str,
+    queue_id: int = _ALL_QUEUES,
+) -> int:
+    pointer = ffi.from_buffer(payload) if payload is not None else ffi.NULL
+    length = len(payload) if payload is not None else 0
+    rc = lib.tb_ublk_control(cmd_op, dev_id, queue_id, pointer, length, data, timeout_ms)
+    return check(rc, what)
+
+
+def features() -> int:
+    """The driver's feature bits (GET_FEATURES). Raises OSError ENOENT or EACCES when the driver cannot be
+    reached."""
+    payload = bytearray(8)
+    _control(_GET_FEATURES, _NEW_ID, payload, 0, QUICK_MS, "GET_FEATURES")
+    return int.from_bytes(payload, "little")
+
+
+def _info(payload: bytearray) -> DeviceInfo:
+    queues, depth, state, _, max_io, dev_id, pid, _, flags, stamp, _, _ = _INFO.unpack(payload)
+    return DeviceInfo(dev_id, queues, depth, state, max_io, pid, flags, stamp)
+
+
+def add_dev(
+    *, queue_depth: int, max_io_bytes: int, flags: int, stamp: int, dev_id: int | None = None
+) -> DeviceInfo:
+    """ADD_DEV with one queue. Unknown flags are cleared silently by the driver: use what is returned."""
+    wanted = _NEW_ID if dev_id is None else dev_id
+    payload = bytearray(_INFO.pack(1, queue_depth, 0, 0, max_io_bytes, wanted, -1, 0, flags, stamp, 0, 0))
+    _control(_ADD_DEV, wanted, payload, 0, QUICK_MS, "ADD_DEV")
+    return _info(payload)
+
+
+def set_params(dev_id: int, *, size_bytes: int, block_bytes: int, read_only: bool) -> None:
+    """SET_PARAMS: 512-byte logical and 4096-byte physical blocks; no request crosses `block_bytes`."""
+    attrs = _ATTR_READ_ONLY if read_only else 0
+    sectors = block_bytes // 512
+    basic = _BASIC.pack(
+        _BASIC.size, _PARAM_TYPE_BASIC, attrs, 9, 12, 16, 12, sectors, sectors, size_bytes // 512, 0
+    )
+    _control(_SET_PARAMS, dev_id, bytearray(basic), 0, QUICK_MS, f"SET_PARAMS of device {dev_id}")
+
+
+def start_dev(dev_id: int, *, pid: int, timeout_ms: int) -> None:
+    """START_DEV: /dev/ublkbN appears. The queue must be fetching and misses be served."""
+    _control(_START_DEV, dev_id, None, pid, timeout_ms, f"START_DEV of device {dev_id}")
+
+
+def stop_dev(dev_id: int, *, timeout_ms: int) -> None:
+    """STOP_DEV, whoever uses the device. The door must be draining."""
+    _control(_STOP_DEV, dev_id, None, 0, timeout_ms, f"STOP_DEV of device {dev_id}")
+
+
+def try_stop_dev(dev_id: int, *, timeout_ms: int) -> None:
+    """TRY_STOP_DEV (7.0): OSError EBUSY while the device is open, EOPNOTSUPP on older kernels."""
+    _control(_TRY_STOP_DEV, dev_id, None, 0, timeout_ms, f"TRY_STOP_DEV of device {dev_id}")
+
+
+def del_dev(dev_id: int, *, timeout_ms: int) -> None:
+    """DEL_DEV. /dev/ublkcN must be closed and unmapped here, or it waits for ever."""
+    _control(_DEL_DEV, dev_id, None, 0, timeout_ms, f"DEL_DEV of device {dev_id}")
+
+
+def dev_info(dev_id: int) -> DeviceInfo:
+    """GET_DEV_INFO. Raises OSError ENODEV for a device that is not there."""
+    payload = bytearray(_INFO.size)
+    _control(_GET_DEV_INFO, dev_id, payload, 0, QUICK_MS, f"GET_DEV_INFO of device {dev_id}")
+    return _info(payload)
