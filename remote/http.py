@@ -1,0 +1,373 @@
+"""Sources behind http:// and https://. With direct.py the only file that knows aiohttp's client.
+
+A source pins the version that it saw first and asks for it in every request (If-Match, else
+If-Unmodified-Since). What an answer must be is in answer.py. What each failure is called:
+
+    what came                                                   error
+    ----------------------------------------------------------  -----------------
+    host name does not resolve                                  RemoteUnavailable
+    connection refused                                          RemoteUnavailable
+    connection not established within connect_timeout           RemoteUnavailable
+    connection closed before an answer                          RemoteUnavailable
+    no byte for read_timeout, before or in the body             RemoteUnavailable
+    body shorter than announced                                 RemoteUnavailable
+    status 408, 429 or 5xx                                      RemoteUnavailable
+    certificate not trusted, or no TLS behind https://          RemoteRefused
+    something that is not HTTP                                  RemoteRefused
+    redirect without or with an unusable Location               RemoteRefused
+    more than 5 redirects, or a loop of them                    RemoteRefused
+    redirect from https to http                                 RemoteRefused
+    status 200: the range was ignored                           RemoteRefused
+    status 401, 403, 404, 410, 416 or any other                 RemoteRefused
+    status 412, or another ETag, Last-Modified or total size    RemoteRefused
+    Content-Encoding other than identity                        RemoteRefused
+    Content-Type multipart/byteranges                           RemoteRefused
+    Content-Range missing, malformed or of another range        RemoteRefused
+    Content-Length other than the range's                       RemoteRefused
+    body longer than the range                                  RemoteRefused
+
+Redirects are followed by hand: the place where they end is kept and asked directly, until it fails; then the
+configured address is asked again. Configured headers may hold credentials, so only the configured host gets
+them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+from yarl import URL
+
+from tierblk.errors import ConfigError, RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.remote import direct
+from tierblk.remote.answer import REDIRECTS, Pin, Want, changed, check_partial, is_exact_length, quoted
+from tierblk.remote.source import Identity, Progress
+
+if TYPE_CHECKING:
+    from tierblk.config import RemoteSettings
+
+log = logging.getLogger(__name__)
+
+REDIRECTS_MAX = 5
+IDLE_CONNECTION_S = 30.0
+READ_BUFFER_BYTES = 256 * 1024  # of the ordinary way only
+
+_PLAIN_URL = re.compile(r"[!-~]+")
+
+
+class HttpSource:
+    """One object on an HTTP server. Made by open_http; see Source for what its methods promise."""
+
+    def __init__(self, url: URL, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> None:
+        self._url = url
+        self._session = session
+        self._headers = dict(headers)
+        self._target: URL | None = None  # where the redirects ended
+        self._pin: Pin | None = None
+        self.direct_bodies = 0  # answers whose body went straight into the buffer
+        self.read_bodies = 0  # answers whose body was copied out of aiohttp's stream
+        self._told_about_reading = False
+
+    @property
+    def identity(self) -> Identity:
+        """Known once open_http has returned."""
+        assert self._pin is not None
+        return Identity(str(self._url), self._pin.size_bytes, self._pin.validator)
+
+    async def probe(self) -> None:
+        """Learn size and version with a GET of the first byte: a HEAD is not what a signed URL allows."""
+        self._pin = await self._look(self._url)
+        if self._pin.strong_etag is None:
+            found = "only Last-Modified" if self._pin.last_modified else "neither ETag nor Last-Modified"
+            log.warning(
+                "%s: the server sends no strong ETag, %s: a changed file may go unnoticed",
+                shown(self._url),
+                found,
+            )
+
+    async def read_into(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
+        """See Source.read_into."""
+        view = buffer.cast("B")
+        if not len(view):
+            return
+        want = Want(shown(self._url), offset_bytes, len(view), self._pin)
+        target, delivered_bytes = self._target, 0
+
+        def count(valid_bytes: int) -> None:
+            nonlocal delivered_bytes
+            delivered_bytes = valid_bytes
+            progress(valid_bytes)
+
+        try:
+            await self._exchange(target or self._url, want, view, count)
+        except (RemoteRefused, RemoteUnavailable) as error:
+            if target is None:
+                raise
+            if self._target is target:  # else another reader has asked anew already
+                self._target = None
+            if delivered_bytes or isinstance(error, RemoteUnavailable):
+                raise  # the caller's next try begins at the configured address
+            await self._exchange(self._url, want, view, progress)
+
+    async def aclose(self) -> None:
+        """See Source.aclose."""
+        await self._session.close()
+
+    async def _exchange(self, url: URL, want: Want, view: memoryview, progress: Progress) -> None:
+        """One answered request with its body in the view."""
+        response: aiohttp.ClientResponse | None = None
+        sink = direct.Sink(view, lambda status, headers: _may_go_direct(status, headers, want), progress)
+        try:
+            with _translated(want):
+                response, final = await self._send(url, want, sink)
+                await self._check(response, want, final)
+                self._keep(final)
+                if sink.owner is not None:
+                    await response.read()  # returns when the protocol has put the last byte into the view
+                    self.direct_bodies += 1
+                else:
+                    await self._read(response, want, view, progress)
+        finally:
+            # Also when cancelled: only after this may the caller use the buffer for something else (I6).
+            sink.close()
+            if response is not None:
+                response.close()
+
+    async def _send(
+        self, url: URL, want: Want, sink: direct.Sink | None
+    ) -> tuple[aiohttp.ClientResponse, URL]:
+        """The answer that is no redirect, its body not yet read, and who gave it."""
+        for _ in range(REDIRECTS_MAX + 1):
+            own = self._headers if _same_host(self._url, url) else {}
+            token = direct.CURRENT_SINK.set(sink)
+            try:
+                response = await self._session.get(
+                    url, headers={**own, **want.headers()}, allow_redirects=False
+                )
+            except UnicodeError as error:  # a redirect can lead to a name that no resolver takes (I12)
+                raise RemoteRefused(
+                    f"{want.asked}, but {shown(url)} cannot be asked: {quoted(str(error))}"
+                ) from error
+            finally:
+                direct.CURRENT_SINK.reset(token)
+            if response.status not in REDIRECTS:
+                return response, url
+            response.release()
+            url = _follow(url, response.headers.get("Location"), want)
+        raise RemoteRefused(
+            f"{want.asked}, but was sent on more than {REDIRECTS_MAX} times, last to {shown(url)}"
+        )
+
+    def _keep(self, final: URL) -> None:
+        self._target = None if final == self._url else final
+
+    async def _look(self, url: URL, pin: Pin | None = None) -> Pin:
+        """The version that the server has now, whatever was pinned. pin: for the wording of errors only."""
+        want = Want(shown(self._url), 0, 1)
+        with _translated(want):
+            response, final = await self._send(url, want, None)
+            try:
+                now = check_partial(response.status, response.headers, want)
+                await response.read()  # one byte; a connection that was read to the end can be used again
+            finally:
+                response.close()
+            self._keep(final)
+            return now
+
+    async def _check(self, response: aiohttp.ClientResponse, want: Want, url: URL) -> None:
+        """check_partial; and for a 412, which does not say it, find out what the server has instead."""
+        if response.status != 412:
+            check_partial(response.status, response.headers, want)
+            return
+        response.close()
+        try:
+            now = await self._look(url)
+        except TierblkError:
+            raise changed(want, None) from None
+        raise changed(want, now)
+
+    async def _read(
+        self, response: aiohttp.ClientResponse, want: Want, view: memoryview, progress: Progress
+    ) -> None:
+        """The ordinary way: copy the body out of aiohttp's stream."""
+        self.read_bodies += 1
+        exact, filled_bytes = is_exact_length(response.headers, want), 0
+        if exact and not self._told_about_reading:
+            self._told_about_reading = True
+            log.info("%s: bodies are copied on their way, the direct way is not in use", want.url)
+        async for piece in response.content.iter_any():
+            end = filled_bytes + len(piece)
+            if end > len(view):
+                raise RemoteRefused(f"{want.asked}, but the body has more than {len(view)} bytes")
+            view[filled_bytes:end] = piece
+            filled_bytes = end
+            if exact:
+                progress(filled_bytes)
+        if filled_bytes < len(view):
+            raise RemoteUnavailable(
+                f"{want.asked}, but the body ended after {filled_bytes} of {len(view)} bytes"
+            )
+        if not exact:
+            progress(filled_bytes)  # only its end proved that the body has the right length (I6)
+
+
+async def open_http(url: str, settings: RemoteSettings, *, may_go_direct: bool = True) -> HttpSource:
+    """Connect, check that the server answers range requests, and pin the version. Errors: see open_source.
+
+    may_go_direct=False: the ordinary way only.
+    """
+    address = _parse(url)
+    context = await asyncio.to_thread(_tls_context, settings.ca_file)
+    session = aiohttp.ClientSession(
+        connector=_connector(context, may_go_direct),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": "tierblk"},
+        auto_decompress=False,
+        read_bufsize=READ_BUFFER_BYTES,
+        timeout=aiohttp.ClientTimeout(
+            total=None,
+            connect=settings.connect_timeout,  # with the look-up of the name, and the TLS handshake
+            sock_connect=settings.connect_timeout,
+            sock_read=settings.read_timeout,
+            ceil_threshold=settings.connect_timeout + 1,  # longer ones would be rounded up to whole seconds
+        ),
+    )
+    source = HttpSource(address, session, settings.headers)
+    try:
+        await source.probe()
+    except BaseException:
+        await session.close()
+        raise
+    return source
+
+
+def shown(url: URL) -> str:
+    """An address for messages: no password, and of a query (it may be a signature) only that it is there."""
+    bare = url.with_user(None).with_fragment(None)
+    return f"{bare.with_query(None)}?…" if url.raw_query_string else str(bare)
+
+
+def _parse(url: str) -> URL:
+    try:
+        return _usable(_verbatim(url))
+    except ValueError:
+        raise RemoteRefused(f"{url!r:.200} is no http or https address") from None
+
+
+def _verbatim(text: str) -> URL:
+    """Signed addresses go out byte for byte; only what no request line could carry is quoted. ValueError."""
+    return URL(text, encoded=_PLAIN_URL.fullmatch(text) is not None)
+
+
+def _usable(url: URL) -> URL:
+    """The url without what is not sent to a server; ValueError when it is not for HTTP."""
+    if not url.host or url.scheme not in ("http", "https"):
+        raise ValueError(url)
+    return url.with_user(None).with_fragment(None)
+
+
+def _follow(url: URL, location: str | None, want: Want) -> URL:
+    """Where a redirect leads. RemoteRefused when it may not be followed."""
+    if not location:
+        raise RemoteRefused(f"{want.asked}, but the redirect from {shown(url)} has no Location")
+    try:
+        target = _usable(url.join(_verbatim(location)))
+    except ValueError:
+        raise RemoteRefused(f"{want.asked}, but the redirect leads to {quoted(location)}") from None
+    if url.scheme == "https" and target.scheme == "http":
+        raise RemoteRefused(
+            f"{want.asked}, but the redirect leads from https to unencrypted {shown(target)}",
+            "configure the http address itself, if that is wanted",
+        )
+    return target
+
+
+def _same_host(origin: URL, url: URL) -> bool:
+    """Whether url may get what was configured for origin: same host and port, or the same host by https."""
+    if origin.host != url.host:
+        return False
+    upgraded = origin.scheme == "http" and url.scheme == "https" and origin.port == 80 and url.port == 443
+    return origin.origin() == url.origin() or upgraded
+
+
+def _may_go_direct(status: int, headers: Mapping[str, str], want: Want) -> bool:
+    try:
+        check_partial(status, headers, want)
+    except TierblkError:
+        return False
+    return is_exact_length(headers, want)
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Trust what the system trusts, or what ca_file holds instead. ConfigError when it cannot be read."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # SSLError is one
+        raise ConfigError(
+            f"remote.ca_file {ca_file} cannot be used: {error.strerror or error}",
+            "it must be a file of PEM certificates",
+        ) from None
+
+
+def _connector(context: ssl.SSLContext, may_go_direct: bool) -> aiohttp.TCPConnector:
+    """A pool without a limit of its own: the fetcher has one."""
+    why_not = direct.fault() if may_go_direct else "it was not asked for"
+    if why_not is None:
+        try:
+            return direct.DirectConnector(limit=0, ssl=context, keepalive_timeout=IDLE_CONNECTION_S)
+        except AttributeError as error:
+            why_not = str(error)
+    if may_go_direct:
+        log.warning("aiohttp %s: bodies cannot go straight into the buffer: %s", aiohttp.__version__, why_not)
+    return aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=IDLE_CONNECTION_S)
+
+
+@contextmanager
+def _translated(want: Want) -> Iterator[None]:
+    """The one place where aiohttp's exceptions become ours."""
+    try:
+        yield
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise translate(error, want) from error
+
+
+def translate(error: Exception, want: Want) -> TierblkError:
+    """What an exception of aiohttp means to the caller. Subclasses come before their bases."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            why = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
+            return RemoteRefused(
+                f"{want.asked}, but the server's certificate is not trusted: {why}",
+                "name the CA's certificate in remote.ca_file",
+            )
+        case aiohttp.ClientConnectorSSLError():
+            return RemoteRefused(
+                f"{want.asked}, but TLS failed: {getattr(error.os_error, 'reason', error.os_error)}"
+            )
+        case aiohttp.ClientConnectorDNSError():
+            return RemoteUnavailable(f"{want.asked}, but the host name does not resolve: {error.host}")
+        case aiohttp.ClientConnectorError():
+            why = os.strerror(error.errno) if error.errno else error.os_error
+            return RemoteUnavailable(
+                f"{want.asked}, but there is no connection to {error.host}:{error.port}: {why}"
+            )
+        case aiohttp.ConnectionTimeoutError():
+            return RemoteUnavailable(f"{want.asked}, but the connection was not established in time")
+        case TimeoutError():
+            return RemoteUnavailable(f"{want.asked}, but the server stalled")
+        case aiohttp.ClientPayloadError():
+            return RemoteUnavailable(f"{want.asked}, but the connection ended in the middle of the body")
+        case aiohttp.ClientResponseError():
+            return RemoteRefused(f"{want.asked}, but what came is not HTTP: {quoted(error.message)}")
+        case aiohttp.ClientConnectionError() | OSError():
+            return RemoteUnavailable(f"{want.asked}, but the connection was lost")
+        case _:
+            return RemoteRefused(f"{want.asked}, but the request is impossible: {quoted(str(error))}")

@@ -1,0 +1,71 @@
+"""A source: the bytes at one address, pinned to the version that was opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from tierblk.errors import RemoteRefused
+
+if TYPE_CHECKING:
+    from tierblk.config import RemoteSettings
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What makes two sources the same bytes: the cache keys a base by it.
+
+    url: without user and password. size_bytes: length of the whole object. validator: the strongest sign of
+    the version that the source has: 'etag:"…"', 'last-modified:…', 'stat:dev-ino-size-mtime_ns', or 'size:N'
+    where there is none.
+    """
+
+    url: str
+    size_bytes: int
+    validator: str
+
+
+class Source(Protocol):
+    """Bytes at an address. Any number of reads may run at once."""
+
+    @property
+    def identity(self) -> Identity:
+        """The version that was opened; every byte that is ever delivered belongs to it."""
+
+    async def read_into(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
+        """Fill the whole buffer with the bytes from offset_bytes on, which must lie inside the source.
+
+        progress(n) says that the first n bytes of the buffer are there and passed every check (I6); n only
+        grows within one call. It is called from the loop and must not raise. Once this returned or raised, be
+        it CancelledError, nothing writes to the buffer any more. Raises RemoteUnavailable (the same read may
+        work later) or RemoteRefused (it will not).
+        """
+
+    async def aclose(self) -> None:
+        """Close connections and descriptors; reads that still run end in an error."""
+
+
+async def open_source(url: str, settings: RemoteSettings) -> Source:
+    """Look at what lies at the url, pin its version, and return it ready to be read.
+
+    Raises RemoteUnavailable or RemoteRefused (also for an address that is no http, https or file URL), and
+    ConfigError for a ca_file or header that cannot be used.
+    """
+    # Imported here: aiohttp costs more start-up time than all the rest, and a file needs none of it.
+    scheme = urlsplit(url).scheme.lower()
+    if scheme in ("http", "https"):
+        from tierblk.remote.http import open_http
+
+        return await open_http(url, settings)
+    if scheme == "file":
+        from tierblk.remote.file import open_file
+
+        return await open_file(url)
+    raise RemoteRefused(
+        f"{url!r:.200} is no address that can be read",
+        "use http://HOST/PATH, https://HOST/PATH or file:///PATH",
+    )
