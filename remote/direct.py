@@ -7,8 +7,8 @@ aiohttp's parser gets the head alone; after it, when the head passed every check
 request. At most what came along with the head is copied. TLS works the same way, the SSL protocol of asyncio
 decrypts into what get_buffer returns.
 
-This rests on private names of aiohttp: BaseConnector._factory, and ResponseHandler._parser, _payload, _tail
-and _reschedule_timeout; and on set_response_params beginning each exchange and feed_data ending each head. So
+This rests on private names of aiohttp: BaseConnector._factory, and ResponseHandler._parser, _payload and
+_reschedule_timeout; and on set_response_params beginning each exchange and feed_data ending each head. So
 aiohttp is pinned to one release, `fault` tries the whole path in memory before it is used, and whoever does
 not find the body in the sink reads it the ordinary way.
 """
@@ -102,10 +102,9 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
 
     def set_response_params(self, **params: Any) -> None:
         """An exchange begins on this connection."""
-        early = bool(self._tail)  # bytes that came before the request: not ours to interpret
         self._sink = CURRENT_SINK.get()
         self._into_sink = False
-        self._in_head = self._sink is not None and not early
+        self._in_head = self._sink is not None
         self._head.clear()
         super().set_response_params(**params)
 
@@ -130,6 +129,10 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
                 if self._sink.advance(nbytes):
                     self._end_body()
             return  # else nobody wants the rest, the connection is about to be closed
+        if self._parser is None:
+            # Nothing was asked: kept, these bytes would be taken for the head of the next answer.
+            self.close()
+            return
         data = bytes(self._scratch[:nbytes])
         if self._in_head:
             self._collect_head(data)
@@ -189,7 +192,7 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
             if self._sink.advance(count):
                 self._end_body()
         if data[count:]:
-            self.data_received(data[count:])  # more than the body: this connection is not used again
+            self.close()  # more than the body: this connection is not used again
 
     def _end_body(self) -> None:
         """The body is complete: aiohttp shall think that it read it."""

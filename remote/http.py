@@ -74,7 +74,7 @@ class HttpSource:
         self._pin: Pin | None = None
         self.direct_bodies = 0  # answers whose body went straight into the buffer
         self.read_bodies = 0  # answers whose body was copied out of aiohttp's stream
-        self._told_about_reading = False
+        self._expects_direct = isinstance(session.connector, direct.DirectConnector)
 
     @property
     def identity(self) -> Identity:
@@ -200,9 +200,12 @@ class HttpSource:
         """The ordinary way: copy the body out of aiohttp's stream."""
         self.read_bodies += 1
         exact, filled_bytes = is_exact_length(response.headers, want), 0
-        if exact and not self._told_about_reading:
-            self._told_about_reading = True
-            log.info("%s: bodies are copied on their way, the direct way is not in use", want.url)
+        if exact and self._expects_direct:
+            self._expects_direct = False  # say it once
+            log.warning(
+                "aiohttp %s: bodies do not go straight into the buffer, though they should",
+                aiohttp.__version__,
+            )
         async for piece in response.content.iter_any():
             end = filled_bytes + len(piece)
             if end > len(view):

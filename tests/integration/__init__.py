@@ -1,0 +1,1 @@
+"""Tests against real servers, files and processes of this machine."""
