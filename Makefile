@@ -11,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILD := build
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PIP := $(BIN)/pip --disable-pip-version-check
 
@@ -70,6 +71,6 @@ test: test-native
 	$(MAKE) test-vm
 
 clean:
-	rm -rf $(VENV) build *.egg-info tierblk/core/_core.c tierblk/core/*.so tierblk/core/*.o
+	rm -rf $(VENV) build/lib.* build/temp.* build/bdist.* *.egg-info tierblk/core/_core.c tierblk/core/*.so tierblk/core/*.o
 
 -include packaging/vm.mk

@@ -1,6 +1,7 @@
 """What an image's partition table says about its size. Pure.
 
-The bytes come from a remote, so they may lie (I12): whatever they are, parsing ends, and raises nothing. Nothing here decides what the kernel shows: it only tells people that an image was cut off.
+The bytes come from a remote, so they may lie (I12): whatever they are, parsing ends and raises nothing.
+Nothing here decides what the kernel shows: it only tells people that an image was cut off.
 """
 
 from __future__ import annotations

@@ -1,0 +1,96 @@
+"""Shows what devices do: how much was read, from where, and what is wrong.
+
+With --json: {"daemons": [...], "devices": [...]}; with NAME, the device alone. Numbers count from
+the attachment; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
+from tierblk.cli.client import Daemon, ask_all, find_device
+from tierblk.cli.output import complain, put, put_json, say
+from tierblk.errors import TierblkError
+from tierblk.units import format_size
+
+NAME = "status"
+HELP = "show what devices do"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """[NAME]."""
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="the device's name in its config; default: all"
+    )
+    add_cache_dir(parser, "only devices of this cache directory")
+    add_json(parser)
+    add_timeout(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a paragraph a device."""
+    if args.name is not None:
+        _, device = find_device(args.name, args.cache_dir, args.timeout_s)
+        if args.json:
+            put_json(device)
+        else:
+            _put_device(device)
+        return 0
+    return _all(args)
+
+
+def _all(args: argparse.Namespace) -> int:
+    from tierblk.cli.client import same_directory
+
+    daemons: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    failed: TierblkError | None = None
+    for daemon, answer, error in ask_all(lambda d: (d.get("/v1/daemon"), d.devices()), args.timeout_s):
+        if args.cache_dir is not None and not same_directory(daemon.cache_dir, args.cache_dir):
+            continue
+        if error:
+            complain(error)
+            failed = error
+            continue
+        info, devices = answer
+        daemons.append(info)
+        found += devices
+        if not args.json:
+            _put_daemon(daemon, info, devices)
+    if args.json:
+        put_json({"daemons": daemons, "devices": found})
+    elif not daemons and not failed:
+        say("no daemon is running")
+    return failed.exit_code if failed else 0
+
+
+def _put_daemon(daemon: Daemon, info: dict[str, Any], devices: list[dict[str, Any]]) -> None:
+    put(f"cache {info.get('cache_dir')}, daemon {info.get('pid')}, {len(devices)} attached")
+    put("")
+    for device in devices:
+        _put_device(device)
+        put("")
+
+
+def _put_device(device: dict[str, Any]) -> None:
+    number = {key: value for key, value in device.items() if isinstance(value, int)}
+    hit, miss, zero = (number.get(key, 0) for key in ("hit_bytes", "miss_bytes", "zero_bytes"))
+    put(f"{device.get('name')}: {device.get('path')}, {device.get('state')}")
+    if device.get("reason"):
+        put(f"  because   {device['reason']}")
+    put(f"  image     {format_size(number.get('size_bytes', 0))} at {device.get('url')}")
+    put(f"  plane     {device.get('plane')}, {number.get('queue_depth', 0)} requests deep")
+    put(f"  read      {format_size(hit + miss + zero)} in {number.get('requests', 0)} requests")
+    put(f"  hits      {format_size(hit)} ({hit_ratio(hit, miss)})")
+    put(f"  misses    {format_size(miss)}")
+    fetched, gets = number.get("fetched_bytes", 0), number.get("remote_requests", 0)
+    put(f"  fetched   {format_size(fetched)} in {gets} requests to the remote")
+    put(f"  errors    {number.get('errors', 0)}")
+
+
+def hit_ratio(hit_bytes: int, miss_bytes: int) -> str:
+    """What share of the bytes that are no zeros came from the cache, for people. Never rounds up to 100 %."""
+    total = hit_bytes + miss_bytes
+    return f"{hit_bytes * 1000 // total / 10:.1f} % of what is not zero" if total else "nothing read yet"

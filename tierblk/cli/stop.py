@@ -1,0 +1,69 @@
+"""Stops daemons in order: devices are detached, caches closed clean. Without --cache-dir, all of them.
+
+Refuses while a device is mounted or otherwise held, unless --force is given: then its users get I/O errors.
+With --json: {"stopped": [cache directories]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from tierblk.cli import blockdev
+from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
+from tierblk.cli.client import Daemon, DeadSocket, candidates, same_directory
+from tierblk.cli.output import complain, put_json, say
+from tierblk.cli.starting import wait_for_end
+from tierblk.errors import DaemonError, TierblkError
+
+NAME = "stop"
+HELP = "stop daemons and their devices"
+STOP_TIMEOUT_S = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--cache-dir, --force."""
+    add_cache_dir(parser, "only the daemon of this cache directory")
+    parser.add_argument("--force", action="store_true", help="also when devices are in use")
+    add_json(parser)
+    add_timeout(parser, STOP_TIMEOUT_S)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns when their processes have ended. Tries all, then fails if one failed."""
+    stopped: list[str] = []
+    failed: TierblkError | None = None
+    for daemon in candidates(args.timeout_s):
+        if args.cache_dir is not None and not same_directory(daemon.cache_dir, args.cache_dir):
+            continue
+        try:
+            _stop(daemon, force=args.force)
+            stopped.append(daemon.cache_dir)
+        except DeadSocket:
+            continue
+        except TierblkError as error:
+            complain(error)
+            failed = error
+    if args.json:
+        put_json({"stopped": stopped})
+    elif not stopped and not failed:
+        say("no daemon is running" if args.cache_dir is None else f"no daemon serves {args.cache_dir}")
+    return failed.exit_code if failed else 0
+
+
+def _stop(daemon: Daemon, *, force: bool) -> None:
+    # Before it is asked to stop: afterwards its number could be another process's.
+    process_fd = daemon.process()
+    try:
+        if not force:
+            blockdev.settle()
+            for device in daemon.devices():
+                blockdev.ensure_free(str(device.get("path")))
+        daemon.request("POST", "/v1/stop", {})
+        if not wait_for_end(process_fd, daemon.timeout_s):
+            raise DaemonError(
+                f"{daemon} is still stopping after {daemon.timeout_s:g} s",
+                "tierblk doctor and its log may say why",
+            )
+    finally:
+        os.close(process_fd)

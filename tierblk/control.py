@@ -1,0 +1,229 @@
+"""The control interface: HTTP/JSON over a Unix socket that only the daemon's user may open.
+
+    GET    /v1/daemon          what `DaemonApi.info` says
+    GET    /v1/devices         {"devices": [device, ...]}
+    GET    /v1/devices/NAME    device
+    POST   /v1/devices         {"config_path": str, "config": document} -> device
+    DELETE /v1/devices/NAME    {"detached": NAME}
+    POST   /v1/stop            {"if_idle": bool} -> {"stopping": bool}; the process ends when all has stopped
+
+An error is {"error": {"kind", "message", "hint", "exit_code"}} with a status of 400 or above.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from tierblk import config
+from tierblk.errors import CacheError, ConfigError, DaemonError, DeviceError, TierblkError
+from tierblk.rundir import INFO_NAME, SOCKET_NAME, socket_address
+
+log = logging.getLogger(__name__)
+
+REQUEST_BYTES_MAX = 4 * config.FILE_BYTES_MAX
+
+Device = dict[str, Any]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class DaemonApi(Protocol):
+    """What the control interface can ask of a daemon. Every method may raise a TierblkError."""
+
+    async def attach(self, config: config.Config) -> Device:
+        """Make the device of a config; returns when it can be opened. "warnings" in it are for the user."""
+        ...
+
+    async def detach(self, name: str) -> None:
+        """Stop and delete a device; returns when it is gone. DeviceError if there is none of this name."""
+        ...
+
+    def devices(self) -> list[Device]:
+        """All devices, in the order of their attachment."""
+        ...
+
+    def device(self, name: str) -> Device:
+        """One device. DeviceError if there is none of this name."""
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """At least pid, cache_dir, config_path and started (seconds since 1970)."""
+        ...
+
+    def request_stop(self) -> None:
+        """Begin an orderly stop, as SIGTERM does, and return at once."""
+        ...
+
+
+class ControlServer:
+    """Serves a DaemonApi at run_dir/control.sock from `start` to `close`.
+
+    Whoever calls `start` holds the cache directory's lock (R8), so a socket that is already there is dead.
+    """
+
+    def __init__(self, api: DaemonApi, run_dir: Path) -> None:
+        self.api = api
+        self.run_dir = run_dir
+        self._runner: web.AppRunner | None = None
+        self._attaching = 0
+
+    @property
+    def socket_path(self) -> Path:
+        """Where it listens."""
+        return self.run_dir / SOCKET_NAME
+
+    async def start(self) -> None:
+        """Listen; connections are accepted from here on. DaemonError: the run directory does not allow it."""
+        app = web.Application(middlewares=[_errors_as_json], client_max_size=REQUEST_BYTES_MAX)
+        app.add_routes(
+            [
+                web.get("/v1/daemon", self._info),
+                web.get("/v1/devices", self._devices),
+                web.post("/v1/devices", self._attach),
+                web.get("/v1/devices/{name}", self._device),
+                web.delete("/v1/devices/{name}", self._detach),
+                web.post("/v1/stop", self._stop),
+            ]
+        )
+        # A request that runs when the daemon stops is the attach or detach that the stop itself ends.
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
+        try:
+            self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write_info()
+            listener = self._bind()
+        except OSError as error:
+            raise DaemonError(
+                f"cannot make the control socket {self.socket_path}: {error.strerror}"
+            ) from None
+        await runner.setup()
+        self._runner = runner
+        await web.SockSite(runner, listener).start()
+
+    async def close(self) -> None:
+        """Take the socket away and end; calls that run get five seconds. Can be called twice."""
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        # First the name, so that nobody finds a daemon that no longer answers.
+        for name in (SOCKET_NAME, INFO_NAME):
+            with suppress(OSError):
+                (self.run_dir / name).unlink()
+        await runner.cleanup()
+
+    def _write_info(self) -> None:
+        info = self.api.info()
+        known = {key: info.get(key) for key in ("pid", "cache_dir", "config_path", "started")}
+        new = self.run_dir / f"{INFO_NAME}.new"
+        new.write_text(json.dumps(known) + "\n")
+        new.replace(self.run_dir / INFO_NAME)
+
+    def _bind(self) -> socket.socket:
+        with suppress(FileNotFoundError):
+            self.socket_path.unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with socket_address(self.run_dir) as address:
+                listener.bind(address)
+            # Nobody can connect before listen(), so there is no moment at which others could.
+            os.chmod(self.socket_path, 0o600)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response(self.api.info())
+
+    async def _devices(self, request: web.Request) -> web.Response:
+        return web.json_response({"devices": self.api.devices()})
+
+    async def _device(self, request: web.Request) -> web.Response:
+        return web.json_response(self.api.device(request.match_info["name"]))
+
+    async def _attach(self, request: web.Request) -> web.Response:
+        body = await _json_object(request)
+        path, document = body.get("config_path"), body.get("config")
+        if not isinstance(path, str) or not isinstance(document, dict):
+            raise DaemonError('the body must be {"config_path": a string, "config": an object}')
+        self._attaching += 1
+        try:
+            device = await self.api.attach(config.parse(document, Path(path)))
+        finally:
+            self._attaching -= 1
+        return web.json_response(device, status=201)
+
+    async def _detach(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        await self.api.detach(name)
+        return web.json_response({"detached": name})
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        body = await _json_object(request) if request.can_read_body else {}
+        # Who started a daemon for an attach that failed takes it away again, unless others came meanwhile.
+        if body.get("if_idle") and (self._attaching or self.api.devices()):
+            return web.json_response({"stopping": False})
+        self.api.request_stop()
+        return web.json_response({"stopping": True})
+
+
+async def _json_object(request: web.Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.read())
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise DaemonError("the body of the request is not a JSON object")
+    return body
+
+
+def _status(error: TierblkError) -> int:
+    """HTTP's word for who is to blame; clients go by kind and exit code."""
+    if isinstance(error, ConfigError):
+        return 400
+    if isinstance(error, DeviceError | DaemonError):
+        return 409
+    return 500 if isinstance(error, CacheError) else 502
+
+
+def _error_response(error: TierblkError, status: int) -> web.Response:
+    return web.json_response({"error": error.to_dict()}, status=status)
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    what = f"{request.method} {request.path}"
+    try:
+        return await handler(request)
+    except TierblkError as error:
+        log.info("%s: %s", what, error)
+        return _error_response(error, _status(error))
+    except web.HTTPException as error:
+        return _error_response(DaemonError(f"{what}: {error.reason.lower()}"), error.status)
+    except Exception as error:
+        log.exception("%s failed", what)
+        internal = TierblkError(f"internal error in the daemon: {error!r:.200}", "its log has the details")
+        return _error_response(internal, 500)
+
+
+def report_ready(ready_fd: int, socket_path: Path) -> None:
+    """Tell whoever started the daemon that it serves, and close ready_fd."""
+    _report(ready_fd, {"ok": True, "socket": str(socket_path)})
+
+
+def report_failure(ready_fd: int, error: TierblkError) -> None:
+    """Tell whoever started the daemon why it does not serve, and close ready_fd."""
+    _report(ready_fd, {"error": error.to_dict()})
+
+
+def _report(ready_fd: int, line: dict[str, Any]) -> None:
+    # Whoever waited may have given up: that is no reason to stop serving.
+    with suppress(OSError), open(ready_fd, "w", encoding="utf-8") as pipe:
+        pipe.write(json.dumps(line) + "\n")
