@@ -59,7 +59,9 @@ class FileSource:
     async def _in_thread(self, offset_bytes: int, piece: memoryview) -> None:
         """Fill the piece. A thread cannot be cancelled, so a cancelled caller waits for it (I6)."""
         if self._fd is None:
-            raise RemoteUnavailable(f"{self._url} is closed")
+            raise RemoteRefused(
+                f"{self._url}: asked for bytes from {offset_bytes} on, but this source is closed"
+            )
         work = asyncio.get_running_loop().run_in_executor(
             self._executor, self._fill, self._fd, offset_bytes, piece
         )

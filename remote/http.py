@@ -146,6 +146,8 @@ class HttpSource:
     ) -> tuple[aiohttp.ClientResponse, URL]:
         """The answer that is no redirect, its body not yet read, and who gave it."""
         for _ in range(REDIRECTS_MAX + 1):
+            if self._session.closed:
+                raise RemoteRefused(f"{want.asked}, but this source is closed")
             own = self._headers if _same_host(self._url, url) else {}
             token = direct.CURRENT_SINK.set(sink)
             try:

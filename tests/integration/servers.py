@@ -234,6 +234,7 @@ class OddServer:
 
     async def __aenter__(self) -> Self:
         self._hold = asyncio.Event()
+        self.connected = asyncio.Event()  # somebody was here
         self._running: set[asyncio.Task[None]] = set()
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
@@ -281,6 +282,7 @@ class OddServer:
         assert task is not None
         self._running.add(task)
         self.connections += 1
+        self.connected.set()
         client = Connection(reader, writer, self._hold)
         try:
             with suppress(ConnectionError, asyncio.IncompleteReadError):
