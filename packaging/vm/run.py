@@ -3,8 +3,8 @@
 
     packaging/vm/run.py --kernel new -- python3 -m tierblk doctor
 
-Inside: the project as it is in this checkout (PYTHONPATH is set, /opt/tierblk is read-only), a scratch disk at
-/cache, no network but loopback. Exit status 125: the VM could not be run or did not get to the command's end.
+Inside: the project as it is in this checkout (PYTHONPATH is set, /opt/tierblk is read-only), a scratch disk
+at /cache, no network but loopback. Exit status 125: the VM could not be run or did not get to the end.
 """
 
 from __future__ import annotations

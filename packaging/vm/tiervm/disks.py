@@ -52,15 +52,16 @@ def scratch(target: Path, size_bytes: int) -> Path:
     return target
 
 
-def bootstrap(step: Step, suite: str, packages: list[str], folder: Path, hooks: list[str]) -> None:
-    """A minimal Debian with some packages in `folder`, from the machine's own mirror. `hooks`: further
-    options.
+def bootstrap(step: Step, suite: str, packages: list[str], folder: Path, extra: list[str]) -> None:
+    """A minimal Debian with some packages in `folder`, from the machine's own mirror.
+
+    `extra`: further options of mmdebstrap.
     """
     options = [f"--aptopt={option}" for option in inherited_options()]
     command = [
         "mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory",
         f"--include={','.join(packages)}",
-        "--dpkgopt=force-unsafe-io", *LEAN, *options, *hooks, suite, str(folder), origin().line(suite),
+        "--dpkgopt=force-unsafe-io", *options, *extra, suite, str(folder), origin().line(suite),
     ]  # fmt: skip
     step.run(["nice", *command], env={**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"})
 
@@ -76,7 +77,7 @@ def test_root() -> Path:
         with Step(f"test root ({TEST_SUITE}, {len(TEST_PACKAGES)} packages)") as step, making(target) as file:
             tree = file.with_name(file.name + ".tree")
             try:
-                bootstrap(step, TEST_SUITE, TEST_PACKAGES, tree, [])
+                bootstrap(step, TEST_SUITE, TEST_PACKAGES, tree, LEAN)
                 step.hint = "writes the disk image"
                 ext4_of(tree, file, TEST_ROOT_BYTES, label="root")
             finally:

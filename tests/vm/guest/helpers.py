@@ -54,14 +54,15 @@ def left_behind() -> list[str]:
 
 
 def tierblk_processes() -> dict[int, str]:
-    """Daemons and commands of ours, pid -> command line: a word of it is "tierblk" or ".../tierblk"."""
+    """Daemons and commands of ours, pid -> command line: a word of it is "tierblk", ".../tierblk" or its __main__.py."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").strip("\0").split("\0")
         except OSError:
             continue
-        if any(Path(word).name == "tierblk" for word in words if not word.startswith("-")):
+        paths = [Path(word) for word in words if not word.startswith("-")]
+        if any(path.name == "tierblk" or path.parts[-2:] == ("tierblk", "__main__.py") for path in paths):
             found[int(path.parent.name)] = " ".join(words)
     return found
 

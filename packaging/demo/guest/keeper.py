@@ -1,0 +1,108 @@
+"""Inside the demo's VM, beside the Debian that boots: serves the image, attaches it, watches, reports, switches off.
+
+Usage: keeper.py FIFO. Writes the device's path to FIFO, and one JSON object a line to the second serial line.
+Environment: RTT_MS, MBIT shape the loopback that the image comes over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DEMO = Path("/opt/tierblk/demo")
+HOST = Path("/dev/ttyS1")
+CONFIG = Path("/etc/tierblk/debian.toml")
+CACHE_DIR = Path("/var/cache/tierblk")
+# In the image's world; our own /run is another one.
+REACHED = Path("/proc/1/root/run/multi-user-reached")
+POLL_S = 0.2
+# The daemon commits its index every five seconds (cache.commit_interval): after this the cache is on the disk.
+COMMITTED_AFTER_S = 8.0
+
+
+def tell(**note: Any) -> None:
+    """One JSON line for the host."""
+    with open(HOST, "w") as line:
+        line.write(json.dumps(note) + "\n")
+
+
+def uptime_s() -> float:
+    """Seconds since the kernel started."""
+    return float(Path("/proc/uptime").read_text().split()[0])
+
+
+def run(*words: str | Path) -> str:
+    """A command's standard output; what it says on the other stream is for the console."""
+    return subprocess.run([str(word) for word in words], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def tierblk(*words: str) -> str:
+    """The command line, as a user runs it."""
+    return run(sys.executable, "-m", "tierblk", *words)
+
+
+def prepare() -> None:
+    """What a user has before he attaches: a server with an image, a config, room for the cache."""
+    Path("/image").mkdir()
+    run("mount", "-t", "ext4", "-o", "ro", "/run/disks/image", "/image")
+    with open("/etc/hosts", "a") as hosts:
+        hosts.write("127.0.0.1 localhost images.example\n")
+    CONFIG.parent.mkdir(parents=True, exist_ok=True)
+    CONFIG.write_bytes((DEMO / "debian.toml").read_bytes())
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    Path("/cache/tierblk").mkdir(exist_ok=True)
+    run("mount", "--bind", "/cache/tierblk", CACHE_DIR)
+    shape(float(os.environ.get("RTT_MS") or 0), float(os.environ.get("MBIT") or 0))
+    run("nginx", "-c", DEMO / "nginx.conf")
+    run("modprobe", "ublk_drv")
+
+
+def shape(rtt_ms: float, rate_mbit: float) -> None:
+    """Makes the loopback a slower link: each direction gets half of the round trip, and the rate."""
+    if rtt_ms or rate_mbit:
+        run("modprobe", "sch_netem")
+        words = ["delay", f"{rtt_ms / 2}ms"] if rtt_ms else []
+        words += ["rate", f"{rate_mbit}mbit"] if rate_mbit else []
+        run("tc", "qdisc", "add", "dev", "lo", "root", "netem", "limit", "100000", *words)
+
+
+def watch(began_s: float, attached_s: float) -> None:
+    """Waits for multi-user.target, then reports the device's numbers."""
+    while not REACHED.exists() or not REACHED.read_text():
+        time.sleep(POLL_S)
+    reached_s = float(REACHED.read_text().split()[0])
+    status = json.loads(tierblk("status", "debian", "--json"))
+    device = status["devices"][0] if "devices" in status else status
+    tell(device=device, attach_s=attached_s - began_s, boot_s=reached_s - attached_s)
+
+
+def main() -> None:
+    """From the server to switching off; whatever fails is a sentence for the host."""
+    fifo = Path(sys.argv[1])
+    try:
+        prepare()
+        began_s = uptime_s()
+        path = tierblk("attach", str(CONFIG)).strip()
+        attached_s = uptime_s()
+        tell(stage="attached", path=path)
+        fifo.write_text(path + "\n")
+        watch(began_s, attached_s)
+        tell(stage="committing")
+        time.sleep(COMMITTED_AFTER_S)
+        os.sync()
+        tell(exit=0)
+    except (subprocess.CalledProcessError, OSError, ValueError, KeyError) as error:
+        tell(trouble=f"{type(error).__name__}: {error}")
+        fifo.write_text("\n")
+    finally:
+        # Hard, as a power cut: nothing of the image was written to, and the cache must stand it.
+        Path("/proc/sysrq-trigger").write_text("o")
+
+
+if __name__ == "__main__":
+    main()
