@@ -1,0 +1,252 @@
+"""The local tier: a cache directory, its index and the engine over them, from opening to clean stop.
+
+    cache = Cache.open(settings, run_dir, make_engine)     in a thread that may block
+    layer = await cache.base_layer(url, size_bytes, validator)
+    await cache.commit()                                   on a timer, or when slots run low
+    await cache.close()
+
+Base layers only: a directory whose index holds anything else is refused, untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from tierblk.cache import start
+from tierblk.cache.commit import CommitReport, Committer
+from tierblk.cache.directory import Directory, open_directory
+from tierblk.cache.index import LAYER_ID_MAX, Index, LayerRecord, create_index, open_index
+from tierblk.cache.invariants import LayerRows, SlotCounts, Violation, check
+from tierblk.cache.loading import Loaded, load
+from tierblk.cache.maps import Maps
+from tierblk.cache.start import StartMode
+from tierblk.config import CacheSettings
+from tierblk.core import Engine, Layer
+from tierblk.errors import CacheError
+from tierblk.extent import PAGE_BYTES
+
+_COMMITS_AT_STOP_MAX = 10
+
+_log = logging.getLogger(__name__)
+
+
+class EngineFactory(Protocol):
+    """Makes the engine over the open files of a cache directory. May raise OSError."""
+
+    def __call__(self, *, slots_fd: int, slot_count: int, sums_fd: int, dio_align_bytes: int) -> Engine: ...
+
+
+class Cache:
+    """An open cache directory. Coroutines and `stats` belong to the event loop; `open` blocks."""
+
+    def __init__(
+        self, directory: Directory, index: Index, maps: Maps, engine: Engine, loaded: Loaded
+    ) -> None:
+        self.path = directory.path
+        self.uuid = directory.superblock.uuid
+        self.session = directory.superblock.session
+        self.start_mode = loaded.mode
+        self.engine = engine
+        self._directory = directory
+        self._index = index
+        self._maps = maps
+        self._records = {record.layer_id: record for record in loaded.records}
+        self._layers = loaded.layers
+        self._opening = asyncio.Lock()
+        self._closed = False
+        self.committer = Committer(
+            engine, self._layers.values, index, slots_fd=directory.slots_fd, sums_fd=directory.sums_fd
+        )
+
+    @classmethod
+    def open(cls, settings: CacheSettings, run_dir: Path, make_engine: EngineFactory) -> Cache:
+        """Opens or makes the directory that [cache] names, with every layer that its index knows.
+
+        run_dir: where block maps outlive a killed daemon, on tmpfs. CacheError for everything that can be
+        wrong. Blocks: reading a big index takes seconds.
+        """
+        with ExitStack() as undo:
+            directory = open_directory(settings.dir, settings.size, run_dir, create_index)
+            undo.callback(directory.close)
+            found = directory.superblock
+            index = open_index(directory.index_path, found.uuid, found.slot_count)
+            undo.callback(index.close)
+            maps = Maps(run_dir, found)
+            undo.callback(maps.close)
+            try:
+                engine = make_engine(
+                    slots_fd=directory.slots_fd,
+                    slot_count=found.slot_count,
+                    sums_fd=directory.sums_fd,
+                    dio_align_bytes=directory.dio_align_bytes,
+                )
+                undo.callback(engine.close)
+                loaded = load(engine, index, maps, found)
+                _begin_session(directory, index, maps, loaded)
+                engine.finish_load()
+            except OSError as error:
+                raise CacheError(f"cannot open the cache in {settings.dir}: {error.strerror}") from None
+            undo.pop_all()
+            _log.info(
+                "opened %s, session %d, %s", directory.path, directory.superblock.session, loaded.mode.value
+            )
+            return cls(directory, index, maps, engine, loaded)
+
+    @property
+    def run_dir(self) -> Path:
+        """This cache's own folder below the run directory."""
+        return self._maps.path.parent
+
+    async def base_layer(self, url: str, size_bytes: int, validator: str) -> Layer:
+        """The layer of that image, found or made; its record is durable before anything can be cached for it.
+
+        Who asks for the same identity gets the same layer, so an image is stored once. CacheError.
+        """
+        async with self._opening:
+            self._refuse_closed()
+            record = self._find(url, size_bytes, validator)
+            layer_id = record.layer_id if record else self._free_id()
+            # Written for a known image too: which version of an address was used last is asked when it is
+            # offline.
+            record = LayerRecord(layer_id, "base", url, size_bytes, validator, int(time.time()))
+            await asyncio.to_thread(self._index.put_layer, record)
+            self._records[layer_id] = record
+            if layer_id not in self._layers:
+                self._layers[layer_id] = self._open_empty(record)
+            return self._layers[layer_id]
+
+    async def commit(self) -> CommitReport:
+        """Makes all that is cached durable; see commit.py. CacheError."""
+        return await self.committer.commit()
+
+    def changed(self) -> bool:
+        """Whether a commit would change anything: rows differ from the index, or freed slots wait for one."""
+        return any(layer.changed() for layer in self._layers.values()) or self.engine.quarantined_slots() > 0
+
+    def identities_of(self, url: str) -> list[tuple[str, int, str]]:
+        """(url, size_bytes, validator) of the images known at an address, the last used last."""
+        known = sorted(
+            (record for record in self._records.values() if record.url == url),
+            key=lambda record: record.used_unix_s,
+        )
+        return [(record.url, record.size_bytes, record.validator) for record in known]
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters, in slots and blocks, and what each layer has in slots; for JSON."""
+        layers = [
+            {
+                "layer_id": layer_id,
+                "url": self._records[layer_id].url,
+                "size_bytes": self._records[layer_id].size_bytes,
+                "cached_bytes": layer.cached_pages() * PAGE_BYTES,
+            }
+            for layer_id, layer in self._layers.items()
+        ]
+        return {**self.engine.stats(), "session": self.session, "layers": layers}
+
+    def check(self) -> list[Violation]:
+        """The runnable invariants over all block maps; exact while nothing is being filled. Slow: every row
+        is read.
+        """
+        layers = []
+        for layer_id, layer in self._layers.items():
+            record = self._records[layer_id]
+            rows = {row: layer.peek_row(row) for row in range(layer.rows)}
+            layers.append(LayerRows(layer_id, record.kind, record.size_bytes, rows))
+        counts = self.engine.stats()
+        return check(
+            layers, counts["slots"] + 1, SlotCounts(counts["free"], counts["quarantined"], counts["bad"])
+        )
+
+    async def close(self, clean: bool = True) -> None:
+        """Ends the session; doors are closed before. With `clean`, what is cached is all recorded and maps
+        are removed.
+
+        Everything is closed in any case. CacheError when it could not end clean: the next start is then a
+        warm one.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        async with self._opening:  # a layer that is being made is in the last commit
+            failure = await self._last_commit() if clean else None
+            await self.committer.stop()
+        try:
+            await asyncio.to_thread(self._shut, clean and failure is None)
+        except OSError as error:
+            failure = CacheError(f"cannot close the cache in {self.path}: {error.strerror}")
+        if failure is not None:
+            raise failure
+
+    async def _last_commit(self) -> CacheError | None:
+        """Commits until nothing differs from the index. What went wrong, if anything."""
+        try:
+            for _ in range(_COMMITS_AT_STOP_MAX):
+                await self.commit()
+                if not self.changed():
+                    return None
+        except CacheError as error:
+            return error
+        return CacheError(f"the cache in {self.path} is still being filled, so it cannot end clean")
+
+    def _shut(self, clean: bool) -> None:
+        """Closes everything, the lock last: the engine's writes have landed when it goes (R8)."""
+        self.engine.close()  # if it cannot, it still writes: the lock stays
+        with ExitStack() as stack:
+            stack.callback(self._directory.close)
+            stack.callback(self._index.close)
+            stack.callback(self._maps.close)
+            if clean:
+                self._index.mark_clean(self.session)
+                self._maps.remove_all()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise CacheError(f"the cache in {self.path} is closed")
+
+    def _find(self, url: str, size_bytes: int, validator: str) -> LayerRecord | None:
+        wanted = (
+            record for record in self._records.values() if record.has_identity(url, size_bytes, validator)
+        )
+        return next(wanted, None)
+
+    def _free_id(self) -> int:
+        for layer_id in range(1, LAYER_ID_MAX + 1):
+            if layer_id not in self._records:
+                return layer_id
+        raise CacheError(
+            f"the cache in {self.path} already knows {LAYER_ID_MAX} images",
+            "restart the daemon, which forgets images of which nothing is cached",
+        )
+
+    def _open_empty(self, record: LayerRecord) -> Layer:
+        """The engine's layer for an image of which nothing is cached, with its map stamped."""
+        map_fd = self._maps.create(record.layer_id, record.size_bytes)
+        try:
+            layer = self.engine.open_layer(record.layer_id, map_fd, record.size_bytes)
+        except OSError as error:
+            self._maps.forget(record.layer_id)
+            raise CacheError(f"cannot make the block map of {record.url}: {error.strerror}") from None
+        self._maps.stamp(record.layer_id, self.session)
+        return layer
+
+
+def _begin_session(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> None:
+    """The four steps of start.py. Everything is loaded, and no slot has been written yet."""
+    directory.write_superblock(start.begun(directory.superblock))
+    session = directory.superblock.session
+    index.begin_session(
+        session,
+        discard=loaded.mode is StartMode.DISCARDED,
+        forget_layers=loaded.forgotten,
+        drop_rows=loaded.dropped_rows,
+    )
+    for layer_id in loaded.layers:
+        maps.stamp(layer_id, session)
+    maps.remove_others()
+    directory.write_superblock(start.confirmed(directory.superblock))

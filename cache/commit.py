@@ -1,0 +1,161 @@
+"""The commit cycle: the only writer of rows (DESIGN 6, R6, R7).
+
+    1. the batch of freed slots is closed; changed rows are taken, each cleared before it is copied
+    2. slots and sums are synced                data before the index that names it (I5)
+    3. one LMDB transaction, synced             exactly the copies of step 1
+    4. the closed batch of slots is free        I4: the rows that named them are gone for good
+
+One cycle at a time. Who asks while one runs shares the next, never the running one: its copies may be older
+than what he wants to be kept. A cycle that fails puts its rows back and frees nothing; after a failed sync no
+cycle is tried again, since the kernel reports a lost write once and would then call the next sync a success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tierblk.cache.index import Index
+from tierblk.core import Engine, Layer
+from tierblk.errors import CacheError
+
+# Rows taken at a time, so that the event loop is not held for long: about a millisecond.
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReport:
+    """What one cycle made durable."""
+
+    rows_written: int
+    rows_deleted: int
+    duration_s: float
+
+
+class Committer:
+    """Runs commit cycles for one cache. Engine calls are made on the event loop, what blocks in a thread of
+    its own.
+
+    layers: all layers of the engine, asked for at every cycle. sync_slots and sync_sums are given the
+    descriptor and raise OSError when bytes may be lost.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        layers: Callable[[], Iterable[Layer]],
+        index: Index,
+        slots_fd: int,
+        sums_fd: int,
+        sync_slots: Callable[[int], None] = os.fdatasync,
+        sync_sums: Callable[[int], None] = os.fsync,
+    ) -> None:
+        self._engine = engine
+        self._layers = layers
+        self._index = index
+        self._syncs = (("slots", sync_slots, slots_fd), ("sums", sync_sums, sums_fd))
+        self._executor = ThreadPoolExecutor(1, "tierblk-commit")
+        self._running: asyncio.Task[CommitReport] | None = None
+        self._next: asyncio.Task[CommitReport] | None = None
+        self._refusal: str | None = None
+        self._stopped = False
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no commit is tried any more; None while they are."""
+        return self._refusal
+
+    async def commit(self) -> CommitReport:
+        """A whole cycle that begins after this call. CacheError when it failed or none is tried any more
+        (R7).
+
+        A caller that is cancelled does not stop the cycle, which others may share.
+        """
+        self._refuse()
+        if self._stopped:
+            raise CacheError("the cache is closed")
+        if self._next is None:
+            self._next = asyncio.create_task(self._cycle_after(self._running), name="commit")
+            self._next.add_done_callback(_retrieve)
+        return await asyncio.shield(self._next)
+
+    async def stop(self) -> None:
+        """Waits for cycles that were asked for; later ones are refused."""
+        self._stopped = True
+        pending = [task for task in (self._running, self._next) if task is not None]
+        if pending:
+            await asyncio.wait(pending)
+        self._executor.shutdown()
+
+    def _refuse(self) -> None:
+        if self._refusal is not None:
+            raise CacheError(self._refusal)
+
+    async def _cycle_after(self, previous: asyncio.Task[CommitReport] | None) -> CommitReport:
+        if previous is not None:
+            await asyncio.wait([previous])
+        self._running, self._next = (
+            self._next,
+            None,
+        )  # from here on, whoever asks gets the cycle after this one
+        self._refuse()
+        return await self._cycle()
+
+    async def _cycle(self) -> CommitReport:
+        started_s = time.monotonic()
+        taken: dict[Layer, dict[int, bytes]] = {}
+        self._engine.commit_begin()
+        try:
+            for layer in list(self._layers()):
+                await self._take(layer, taken.setdefault(layer, {}))
+            copies = {layer.layer_id: list(rows.items()) for layer, rows in taken.items() if rows}
+            loop = asyncio.get_running_loop()
+            written, deleted = await loop.run_in_executor(self._executor, self._persist, copies)
+        except BaseException:
+            for layer, rows in taken.items():
+                layer.put_back(rows)
+            self._engine.commit_end(False)
+            raise
+        self._engine.commit_end(True)
+        return CommitReport(written, deleted, time.monotonic() - started_s)
+
+    async def _take(self, layer: Layer, rows: dict[int, bytes]) -> None:
+        """All rows that were changed before step 1, and maybe later ones; of a row taken twice the later
+        copy.
+        """
+        while True:
+            batch = layer.take_changed(BATCH_ROWS)
+            rows.update(batch)
+            if len(batch) < BATCH_ROWS:
+                return
+            await asyncio.sleep(0)  # misses are served between batches
+
+    def _persist(self, copies: dict[int, list[tuple[int, bytes]]]) -> tuple[int, int]:
+        """Steps 2 and 3, in the executor."""
+        self._refuse()
+        for name, sync, descriptor in self._syncs:
+            try:
+                sync(descriptor)
+            except OSError as error:
+                self._refusal = (
+                    f"the cache's {name} could not be synced ({error.strerror}); "
+                    "nothing more is recorded until the daemon is restarted"
+                )
+                raise CacheError(self._refusal) from None
+        if not copies:
+            return 0, 0
+        try:
+            return self._index.write_rows(copies)
+        except CacheError:
+            self._refusal = self._refusal or self._index.broken
+            raise
+
+
+def _retrieve(task: asyncio.Task[CommitReport]) -> None:
+    """A failure that no caller waits for any more has been told to those who did."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,355 @@
+"""The index: what the cache knows durably, in LMDB. The only file that imports lmdb, the only one that sees
+lmdb.Error.
+
+    meta     format u32, uuid 16 bytes, session u64, clean u8        (little endian)
+    layers   layer id u32 big endian -> JSON {kind, url, size_bytes, validator, used_unix_s}
+    rows     layer id u32, row u64, both big endian -> 772 bytes, see rows.py
+
+One environment object per process, and nobody but py-lmdb may open it: a second copy of the library on the
+same files corrupts readers. The lock of the cache directory guarantees the one; that C has its own table, the
+other.
+
+liblmdb trusts its file: what a damaged page says can end the process. So the file is first walked through by
+py-lmdb's verifier, which only reads bytes, and is opened only when every page that can be reached is sound.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from uuid import UUID
+
+import lmdb
+from lmdb import verify
+
+from tierblk.cache.filesystem import free_bytes, is_no_space
+from tierblk.cache.superblock import FORMAT_VERSION
+from tierblk.errors import CacheError
+from tierblk.units import format_size
+
+DATA_FILE = "data.mdb"
+LAYER_ID_MAX = 4095
+
+_U8, _U32, _U64 = struct.Struct("<B"), struct.Struct("<I"), struct.Struct("<Q")
+_ID = struct.Struct(">I")
+_ROW_KEY = struct.Struct(">IQ")
+_BEGIN_ANEW = "remove the cache directory to begin with an empty one"
+
+# The map is address space, not memory or disk: a page per slot, and more as soon as the tree needs it.
+_MAP_BYTES_LEAST = 1 << 30
+_MAP_BYTES_PER_SLOT = 4096
+# The file grows by fallocate before a transaction, so that a full disk is met here and not in the middle of a
+# commit: what a transaction may need at most, and always this much more.
+_GROW_BYTES = 1 << 20
+
+Rows = Mapping[int, Iterable[tuple[int, bytes]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What the index says of itself: whose it is, its last session, and whether that ended in order."""
+
+    uuid: UUID
+    session: int
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """A layer as the index knows it. A base's identity is url, size and validator: another image is another
+    layer.
+    """
+
+    layer_id: int
+    kind: str
+    url: str
+    size_bytes: int
+    validator: str
+    used_unix_s: int
+
+    def has_identity(self, url: str, size_bytes: int, validator: str) -> bool:
+        """Whether it is the base layer of that image."""
+        return self.kind == "base" and (self.url, self.size_bytes, self.validator) == (
+            url,
+            size_bytes,
+            validator,
+        )
+
+
+def map_size_bytes(slot_count: int) -> int:
+    """Address space for the index of a cache of that many slots."""
+    return max(_MAP_BYTES_LEAST, slot_count * _MAP_BYTES_PER_SLOT)
+
+
+def create_index(path: Path, uuid: UUID, slot_count: int) -> None:
+    """Makes the index of a new cache directory in the new folder `path`. OSError or CacheError."""
+    path.mkdir(mode=0o700)
+    index = Index(path, slot_count)
+    try:
+        with index.changing(rows=0) as txn:
+            txn.put(b"format", _U32.pack(FORMAT_VERSION), db=index.meta_db)
+            txn.put(b"uuid", uuid.bytes, db=index.meta_db)
+            index.put_session(txn, session=0, clean=True)
+    finally:
+        index.close()
+
+
+def open_index(path: Path, uuid: UUID, slot_count: int) -> Index:
+    """The index of a cache directory. CacheError when it is missing, damaged or of another cache."""
+    data = path / DATA_FILE
+    if not data.is_file():
+        raise CacheError(f"the cache's index is missing: there is no {data}", _BEGIN_ANEW)
+    try:
+        faults = list(map(str, verify.verify(str(data))))  # type: ignore[no-untyped-call]
+    except (verify.VerifyError, OSError) as error:
+        faults = [str(error)]
+    if faults:
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise CacheError(f"the cache's index {data} is damaged: {faults[0]}{more}", _BEGIN_ANEW)
+    index = Index(path, slot_count)
+    try:
+        found = index.meta().uuid
+        if found != uuid:
+            raise CacheError(
+                f"the index in {path} belongs to another cache ({found}, not {uuid})", _BEGIN_ANEW
+            )
+    except BaseException:
+        index.close()
+        raise
+    return index
+
+
+class Index:
+    """An open index. Methods block. Changes may come from any thread; reading belongs to the opening."""
+
+    def __init__(self, path: Path, slot_count: int) -> None:
+        self.path = path
+        self._writing = Lock()  # also: the map grows only while no transaction runs
+        self.broken: str | None = None  # why no change is accepted any more
+        with self._translated("opened"):
+            self._env = lmdb.open(
+                str(path),
+                map_size=map_size_bytes(slot_count),
+                max_dbs=8,
+                mode=0o600,
+                sync=True,
+                metasync=True,
+            )
+        try:
+            with self._translated("opened"):
+                self._env.reader_check()  # readers that were killed would hold old pages for ever
+                self.meta_db = self._env.open_db(b"meta")
+                self._layers_db = self._env.open_db(b"layers")
+                self._rows_db = self._env.open_db(b"rows")
+        except CacheError:
+            self._env.close()
+            raise
+
+    def close(self) -> None:
+        """No method may be called afterwards."""
+        self._env.close()
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        """lmdb.Error -> CacheError, here and nowhere else."""
+        try:
+            yield
+        except lmdb.ReadonlyError:
+            raise CacheError(
+                f"the cache's index {self.path} cannot be written: the filesystem or the file is read-only"
+            ) from None
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError) as error:
+            raise CacheError(f"the cache's index {self.path} is damaged: {error}", _BEGIN_ANEW) from None
+        except lmdb.VersionMismatchError:
+            raise CacheError(
+                f"the cache's index {self.path} was made by another version of LMDB", _BEGIN_ANEW
+            ) from None
+        except lmdb.Error as error:
+            raise CacheError(f"the cache's index {self.path} could not be {what}: {error}") from None
+
+    @contextmanager
+    def changing(self, rows: int) -> Iterator[lmdb.Transaction[bytes]]:
+        """One synced transaction with room for that many rows: all of it or nothing.
+
+        What fails before the commit itself leaves the index usable. A commit that fails may have lost bytes
+        that a later sync would not report again, so from then on every change is refused (R7).
+        """
+        with self._writing:
+            if self.broken is not None:
+                raise CacheError(self.broken)
+            self._grow(rows)
+            with self._translated("changed"):
+                txn = self._env.begin(write=True)
+            try:
+                with self._translated("changed"):
+                    yield txn
+            except BaseException:
+                txn.abort()
+                raise
+            self._commit(txn)
+
+    def _commit(self, txn: lmdb.Transaction[bytes]) -> None:
+        try:
+            txn.commit()
+        except lmdb.MapFullError:  # found before anything is written
+            raise CacheError(f"the cache's index {self.path} is full") from None
+        except lmdb.Error as error:
+            self.broken = (
+                f"the cache's index {self.path} could not be written ({error}); "
+                "nothing more is recorded until the daemon is restarted"
+            )
+            raise CacheError(self.broken) from None
+
+    def _grow(self, rows: int) -> None:
+        """Room in the file, and in the map, for a transaction that writes or deletes that many rows."""
+        with self._translated("read"), self._env.begin() as txn:
+            tree, info = txn.stat(self._rows_db), self._env.info()
+        # A transaction copies the pages that it changes, at most all; a leaf has two new rows at least.
+        tree_pages = tree["branch_pages"] + tree["leaf_pages"]
+        pages = info["last_pgno"] + 1 + min(2 * rows, tree_pages) + rows // 2
+        needed_bytes = pages * tree["psize"] + _GROW_BYTES // 4
+        if needed_bytes > info["map_size"]:
+            with self._translated("given more room"):
+                self._env.set_mapsize(2 * needed_bytes)
+        path = self.path / DATA_FILE
+        try:
+            if path.stat().st_size < needed_bytes:
+                _allocate(path, -(-needed_bytes // _GROW_BYTES) * _GROW_BYTES)
+        except OSError as error:
+            reason = error.strerror
+            if is_no_space(error):
+                reason = f"its disk is full, {format_size(free_bytes(self.path))} are free"
+            raise CacheError(f"the cache's index {path} cannot grow: {reason}") from None
+
+    def put_session(self, txn: lmdb.Transaction[bytes], session: int, clean: bool) -> None:
+        """Part of a transaction: the session, and whether it has ended in order."""
+        txn.put(b"session", _U64.pack(session), db=self.meta_db)
+        txn.put(b"clean", _U8.pack(clean), db=self.meta_db)
+
+    def meta(self) -> Meta:
+        """CacheError when the format is newer, or when what must be there is not."""
+        with self._translated("read"), self._env.begin(db=self.meta_db) as txn:
+            found = {key: txn.get(key, b"") for key in (b"format", b"uuid", b"session", b"clean")}
+        try:
+            (version,) = _U32.unpack(found[b"format"])
+            if version > FORMAT_VERSION:
+                raise CacheError(
+                    f"the index in {self.path} was made by a newer tierblk: its format is {version}, "
+                    f"this version knows {FORMAT_VERSION}"
+                )
+            (session,), (clean,) = _U64.unpack(found[b"session"]), _U8.unpack(found[b"clean"])
+            return Meta(UUID(bytes=found[b"uuid"]), session, bool(clean))
+        except (struct.error, ValueError):
+            raise CacheError(
+                f"the cache's index {self.path} is damaged: it has no header", _BEGIN_ANEW
+            ) from None
+
+    def layers(self) -> list[LayerRecord]:
+        """Every layer, by id. CacheError when a record cannot be read: it could be a volume's."""
+        with self._translated("read"), self._env.begin(db=self._layers_db) as txn:
+            items = list(txn.cursor())
+        try:
+            return [_layer_record(key, value) for key, value in items]
+        except (struct.error, ValueError, KeyError, TypeError):
+            raise CacheError(
+                f"the cache's index {self.path} is damaged: the record of a layer cannot be read", _BEGIN_ANEW
+            ) from None
+
+    def rows(self, layer_id: int) -> Iterator[tuple[int, bytes]]:
+        """(row, packed) of a layer, ascending, as one snapshot; packed is as stored, good or not."""
+        prefix = _ID.pack(layer_id)
+        with self._translated("read"), self._env.begin(db=self._rows_db) as txn, txn.cursor() as cursor:
+            if not cursor.set_range(prefix):
+                return
+            for key, value in cursor.iternext():
+                if not key.startswith(prefix):
+                    return
+                if len(key) == _ROW_KEY.size:
+                    yield _ROW_KEY.unpack(key)[1], value
+
+    def put_layer(self, record: LayerRecord) -> None:
+        """A new layer, or a new record of one; durable when it returns."""
+        fields = asdict(record)
+        del fields["layer_id"]
+        with self.changing(rows=1) as txn:
+            txn.put(_ID.pack(record.layer_id), json.dumps(fields).encode(), db=self._layers_db)
+
+    def begin_session(
+        self,
+        session: int,
+        *,
+        discard: bool = False,
+        forget_layers: Iterable[int] = (),
+        drop_rows: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """The session number and the unclean mark, with what the opening found that must go, in one
+        transaction.
+
+        discard: every layer and row; forget_layers: layers without rows; drop_rows: (layer id, row).
+        """
+        with self.changing(rows=len(drop_rows)) as txn:
+            if discard:
+                txn.drop(self._rows_db, delete=False)
+                txn.drop(self._layers_db, delete=False)
+            for layer_id in forget_layers:
+                txn.delete(_ID.pack(layer_id), db=self._layers_db)
+            for key in drop_rows:
+                txn.delete(_ROW_KEY.pack(*key), db=self._rows_db)
+            self.put_session(txn, session, clean=False)
+
+    def write_rows(self, rows: Rows) -> tuple[int, int]:
+        """Step 3 of a commit (R6): exactly these copies of rows, by layer id; b"" deletes a row.
+
+        Returns how many were written and how many deleted, durable. CacheError: none of them is.
+        """
+        written = {
+            _ROW_KEY.pack(layer_id, row): packed
+            for layer_id, copies in rows.items()
+            for row, packed in copies
+        }
+        deleted = [key for key, packed in written.items() if not packed]
+        for key in deleted:
+            del written[key]
+        with self.changing(rows=len(written) + len(deleted)) as txn:
+            with txn.cursor(db=self._rows_db) as cursor:
+                cursor.putmulti(sorted(written.items()))
+            for key in deleted:
+                txn.delete(key, db=self._rows_db)
+        return len(written), len(deleted)
+
+    def mark_clean(self, session: int) -> None:
+        """The session ended in order: the index is exact."""
+        with self.changing(rows=0) as txn:
+            self.put_session(txn, session, clean=True)
+
+
+def _allocate(path: Path, size_bytes: int) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _layer_record(key: bytes, value: bytes) -> LayerRecord:
+    fields = json.loads(value)
+    (layer_id,) = _ID.unpack(key)
+    record = LayerRecord(layer_id, **fields)
+    for name, kind in (
+        ("kind", str),
+        ("url", str),
+        ("validator", str),
+        ("size_bytes", int),
+        ("used_unix_s", int),
+    ):
+        if not isinstance(fields[name], kind):
+            raise ValueError(f"{name} has the wrong type")
+    if not 0 < layer_id <= LAYER_ID_MAX or record.size_bytes <= 0:
+        raise ValueError("a number is out of range")
+    return record

@@ -1,0 +1,136 @@
+"""What the last session left, put into the engine: from the maps if it was killed, else from the index (R1,
+R8, R9).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from itertools import chain
+
+from tierblk.cache.index import Index, LayerRecord
+from tierblk.cache.maps import Maps
+from tierblk.cache.rows import entries_of, unpack_row
+from tierblk.cache.start import StartMode, is_current, start_mode
+from tierblk.cache.superblock import Superblock
+from tierblk.core import Engine, Layer
+from tierblk.errors import CacheError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What is in the engine now, and what has to go from the index."""
+
+    mode: StartMode
+    records: list[LayerRecord] = field(default_factory=list)
+    layers: dict[int, Layer] = field(default_factory=dict)
+    forgotten: list[int] = field(default_factory=list)  # layers of which nothing is cached
+    dropped_rows: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (layer id, row) that cannot be believed
+
+
+def load(engine: Engine, index: Index, maps: Maps, superblock: Superblock) -> Loaded:
+    """Loads every layer that the index knows. `superblock`: as the last session left it. Changes nothing
+    durable.
+
+    CacheError when something is there that must not be dropped and cannot be served; OSError from the engine.
+    """
+    meta, records = index.meta(), index.layers()
+    for record in records:
+        if record.kind != "base":
+            raise CacheError(
+                f"the index in {index.path} holds a {record.kind}, which this version cannot serve",
+                "use the version of tierblk that made it",
+            )
+    if not is_current(meta.session, superblock):
+        _log.warning(
+            "%s is of session %d, the slots are of %d to %d: what is cached cannot be trusted and is dropped",
+            index.path,
+            meta.session,
+            superblock.confirmed,
+            superblock.session,
+        )
+        return Loaded(StartMode.DISCARDED)
+    loaded = Loaded(StartMode.CLEAN)
+    map_fds = {
+        record.layer_id: map_fd
+        for record in records
+        if not meta.clean
+        and (map_fd := maps.open_current(record.layer_id, record.size_bytes, superblock)) is not None
+    }
+    # Maps first: where a row of the index contradicts a map, the map is right.
+    for record in records:
+        if record.layer_id in map_fds:
+            _load_map(engine, map_fds[record.layer_id], record, loaded)
+    for record in records:
+        if record.layer_id not in map_fds:
+            _load_rows(engine, index, maps, record, loaded)
+    for layer_id in map_fds:
+        _quarantine(engine, index, loaded.layers[layer_id], loaded)
+    has_map = (layer_id in map_fds for layer_id in loaded.layers)
+    loaded.mode = start_mode(superblock, meta.session, meta.clean, has_map)
+    return loaded
+
+
+def _load_map(engine: Engine, map_fd: int, record: LayerRecord, loaded: Loaded) -> None:
+    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes)
+    try:
+        layer.warm_start()
+    except ValueError as error:
+        raise CacheError(
+            f"a block map that the last daemon left is damaged: {error}",
+            "a reboot, or removing the daemon's run directory, makes the index count again",
+        ) from None
+    loaded.records.append(record)
+    loaded.layers[record.layer_id] = layer
+
+
+def _load_rows(engine: Engine, index: Index, maps: Maps, record: LayerRecord, loaded: Loaded) -> None:
+    """A layer from the index. A row that cannot be believed is dropped, whole; so is a layer without rows."""
+    rows = index.rows(record.layer_id)
+    first = next(rows, None)
+    if first is None:
+        loaded.forgotten.append(record.layer_id)
+        return
+    map_fd = maps.create(record.layer_id, record.size_bytes)
+    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes)
+    for row, packed in chain([first], rows):
+        try:
+            layer.load_row(row, packed)
+        except ValueError as error:
+            # A whole row that contradicts another one (I4) is worse than a damaged one: it was written so.
+            level = logging.ERROR if _is_whole(packed) else logging.WARNING
+            _log.log(level, "%s, of %s, is dropped from the cache", error, record.url)
+            loaded.dropped_rows.append((record.layer_id, row))
+    loaded.records.append(record)
+    loaded.layers[record.layer_id] = layer
+
+
+def _is_whole(packed: bytes) -> bool:
+    try:
+        unpack_row(packed)
+    except ValueError:
+        return False
+    return True
+
+
+def _quarantine(engine: Engine, index: Index, layer: Layer, loaded: Loaded) -> None:
+    """R8: a slot that the index names and the map does not is not free before a commit has rewritten that
+    row.
+    """
+    for row, packed in index.rows(layer.layer_id):
+        if row >= layer.rows:
+            loaded.dropped_rows.append((layer.layer_id, row))
+            continue
+        current = layer.peek_row(row)
+        if current == packed:
+            continue
+        layer.put_back([row])
+        if not _is_whole(packed):
+            continue  # nobody can load it, so it names nothing
+        for named, now in zip(entries_of(packed), entries_of(current), strict=True):
+            if named.slot != now.slot and 0 < named.slot < engine.slot_count:
+                engine.quarantine(named.slot)

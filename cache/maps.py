@@ -1,0 +1,163 @@
+"""Map files: the block maps of a running cache, on tmpfs, where they outlive a killed daemon (R1).
+
+    RUN/<cache uuid>/maps/<layer id>.map      one header page, then 32 bytes a block; sparse
+
+The header says for which boot, cache, session and layer the entries hold. It is written after they are
+complete, so a daemon that is killed while it loads a map leaves a file without one. The entries are the C
+core's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from tierblk.cache.filesystem import MEMORY_FILESYSTEMS, filesystem_type
+from tierblk.cache.start import is_current
+from tierblk.cache.superblock import Superblock
+from tierblk.core import MAP_HEADER_BYTES, crc32c, map_bytes
+from tierblk.errors import CacheError
+from tierblk.extent import block_count
+
+MAP_VERSION = 1  # rises with every change of the header or of the core's entry (tb_entry)
+MAGIC = b"TBMAP\0\0\0"
+
+_FIELDS = struct.Struct("<8sII16s16sQQ")
+_CRC = struct.Struct("<I")
+_CRC_AT = 508
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a map's header says: whose entries these are, and in which session and boot."""
+
+    boot_id: UUID
+    cache_uuid: UUID
+    session: int
+    layer_id: int
+    blocks: int
+
+
+def pack_stamp(stamp: Stamp) -> bytes:
+    """The header page."""
+    head = _FIELDS.pack(
+        MAGIC,
+        MAP_VERSION,
+        stamp.layer_id,
+        stamp.boot_id.bytes,
+        stamp.cache_uuid.bytes,
+        stamp.session,
+        stamp.blocks,
+    ).ljust(_CRC_AT, b"\0")
+    return (head + _CRC.pack(crc32c(head))).ljust(MAP_HEADER_BYTES, b"\0")
+
+
+def unpack_stamp(header: bytes) -> Stamp | None:
+    """What a header page says; None when it is none, damaged, or of another format version."""
+    if len(header) != MAP_HEADER_BYTES or _CRC.unpack_from(header, _CRC_AT)[0] != crc32c(header[:_CRC_AT]):
+        return None
+    magic, version, layer_id, boot_id, cache_uuid, session, blocks = _FIELDS.unpack_from(header)
+    if magic != MAGIC or version != MAP_VERSION:
+        return None
+    return Stamp(UUID(bytes=boot_id), UUID(bytes=cache_uuid), session, layer_id, blocks)
+
+
+def boot_id() -> UUID:
+    """The kernel's name for the time since it was booted."""
+    return UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+
+
+class Maps:
+    """The map files of one cache. Descriptors that it hands out are open until `close`."""
+
+    def __init__(self, run_dir: Path, superblock: Superblock, boot: UUID | None = None) -> None:
+        self.path = run_dir / str(superblock.uuid) / "maps"
+        self._uuid = superblock.uuid
+        self._boot = boot or boot_id()
+        self._descriptors: dict[int, int] = {}
+        self._blocks: dict[int, int] = {}
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if filesystem_type(self.path) not in MEMORY_FILESYSTEMS:
+                _log.warning("%s is not on tmpfs: block maps are slower there", self.path)
+        except OSError as error:
+            raise CacheError(f"cannot use {self.path} for block maps: {error.strerror}") from None
+
+    def open_current(self, layer_id: int, size_bytes: int, superblock: Superblock) -> int | None:
+        """The descriptor of a layer's map if it is as new as the slots, else None. `superblock`: as it was
+        found.
+        """
+        blocks = block_count(size_bytes)
+        try:
+            descriptor = os.open(self._file(layer_id), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            stamp = unpack_stamp(os.pread(descriptor, MAP_HEADER_BYTES, 0))
+            length = os.fstat(descriptor).st_size
+        except OSError:
+            stamp, length = None, 0
+        wanted = Stamp(self._boot, self._uuid, stamp.session if stamp else 0, layer_id, blocks)
+        if stamp != wanted or length != map_bytes(size_bytes) or not is_current(stamp.session, superblock):
+            os.close(descriptor)
+            return None
+        self._keep(layer_id, descriptor, blocks)
+        return descriptor
+
+    def create(self, layer_id: int, size_bytes: int) -> int:
+        """The descriptor of a new, empty, unstamped map; an old file of that name is gone. CacheError."""
+        path = self._file(layer_id)
+        try:
+            path.unlink(missing_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._keep(layer_id, descriptor, block_count(size_bytes))
+            os.ftruncate(descriptor, map_bytes(size_bytes))
+        except OSError as error:
+            raise CacheError(f"cannot make the block map {path}: {error.strerror}") from None
+        return descriptor
+
+    def stamp(self, layer_id: int, session: int) -> None:
+        """Says that the map is complete and holds for that session. One page: a kill leaves the old header or
+        the new.
+        """
+        stamp = Stamp(self._boot, self._uuid, session, layer_id, self._blocks[layer_id])
+        try:
+            os.pwrite(self._descriptors[layer_id], pack_stamp(stamp), 0)
+        except OSError as error:
+            raise CacheError(f"cannot write the block map {self._file(layer_id)}: {error.strerror}") from None
+
+    def remove_others(self) -> None:
+        """Removes map files that no layer of this session has."""
+        for path in self.path.glob("*.map"):
+            if path.stem not in {str(layer_id) for layer_id in self._descriptors}:
+                path.unlink(missing_ok=True)
+
+    def remove_all(self) -> None:
+        """After the clean mark: the index has it all."""
+        for path in self.path.glob("*.map"):
+            path.unlink(missing_ok=True)
+
+    def forget(self, layer_id: int) -> None:
+        """Closes and removes one map, that of a layer which could not be opened."""
+        os.close(self._descriptors.pop(layer_id))
+        del self._blocks[layer_id]
+        self._file(layer_id).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes every descriptor; files stay."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _file(self, layer_id: int) -> Path:
+        return self.path / f"{layer_id}.map"
+
+    def _keep(self, layer_id: int, descriptor: int, blocks: int) -> None:
+        self._descriptors[layer_id] = descriptor
+        self._blocks[layer_id] = blocks

@@ -1,0 +1,195 @@
+"""A real cache over a real engine, with the test in the place of fills and daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from tierblk.cache import Cache
+from tierblk.cache.index import open_index
+from tierblk.cache.invariants import LayerRows, Violation, check, check_bytes, check_index
+from tierblk.cache.superblock import COPIES, COPY_BYTES, Superblock, choose
+from tierblk.config import CacheSettings
+from tierblk.core import (
+    BLOCK_BYTES,
+    EVICT,
+    EVICTED,
+    FILL,
+    FILLED,
+    MISS,
+    PAGE_BYTES,
+    Engine,
+    Layer,
+    LocalDoor,
+    Record,
+)
+from tierblk.extent import block_count, block_extent
+from tierblk.units import MIB
+
+CACHE_BYTES = 16 * MIB
+SLOTS = CACHE_BYTES // BLOCK_BYTES
+TIMEOUT_S = 20.0
+make_engine = partial(Engine, staging_bytes=32 * BLOCK_BYTES)
+
+
+def image_bytes(seed: int, blocks: int) -> bytes:
+    """An image of which no two pages are equal and none is zero."""
+    return random.Random(seed).randbytes(blocks * BLOCK_BYTES)
+
+
+def settings(directory: Path, size_bytes: int = CACHE_BYTES) -> CacheSettings:
+    return CacheSettings.model_validate({"dir": str(directory), "size": size_bytes})
+
+
+class CacheRig:
+    """An open cache that fills its misses from images in memory."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.fetched: list[tuple[int, int]] = []  # (layer id, block) of every MISS, in order
+        self._images: dict[int, bytes] = {}
+        self._doors: dict[int, LocalDoor] = {}
+        self._filling: set[int] = set()  # tokens
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._evicted: asyncio.Future[int] | None = None
+        asyncio.get_running_loop().add_reader(cache.engine.event_fd, self._on_events)
+
+    @classmethod
+    async def open(cls, directory: Path, run_dir: Path, size_bytes: int = CACHE_BYTES) -> CacheRig:
+        return cls(await asyncio.to_thread(Cache.open, settings(directory, size_bytes), run_dir, make_engine))
+
+    async def base(self, image: bytes, name: str = "a") -> Layer:
+        """The layer of an image, with a door to it."""
+        layer = await self.cache.base_layer(f"http://images.example/{name}.raw", len(image), f'etag:"{name}"')
+        self._images[layer.layer_id] = image
+        if layer.layer_id not in self._doors:
+            self._doors[layer.layer_id] = LocalDoor(self.cache.engine, layer)
+        return layer
+
+    async def read(self, layer: Layer, block: int, count: int = 1) -> bytes:
+        """Blocks, through the door."""
+        at, length = block * BLOCK_BYTES, count * BLOCK_BYTES
+        reading = asyncio.to_thread(self._doors[layer.layer_id].read, at, length)
+        return await asyncio.wait_for(reading, TIMEOUT_S)
+
+    async def fill(self, layer: Layer, *blocks: int) -> None:
+        """Reads these blocks and checks what came; they are cached when it returns."""
+        image = self._images[layer.layer_id]
+        for block in blocks:
+            assert await self.read(layer, block) == image[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Until no fill runs: a reader has its bytes before the slot has."""
+        await asyncio.wait_for(self._quiet.wait(), TIMEOUT_S)
+
+    async def evict(self, count: int) -> int:
+        """How many blocks went."""
+        self._evicted = asyncio.get_running_loop().create_future()
+        self.cache.engine.push([Record(EVICT, value=count)])
+        return await asyncio.wait_for(self._evicted, TIMEOUT_S)
+
+    def _on_events(self) -> None:
+        fills = []
+        for event in self.cache.engine.poll():
+            if event.kind == MISS:
+                fills.append(self._answer(event))
+                self._filling.add(event.token)
+            elif event.kind == FILLED:
+                self._filling.discard(event.token)
+            elif event.kind == EVICTED and self._evicted is not None:
+                self._evicted.set_result(event.value)
+        self.cache.engine.push(fills)
+        if self._filling:
+            self._quiet.clear()
+        else:
+            self._quiet.set()
+
+    def _answer(self, event: Record) -> Record:
+        """FILL with the whole block. Reads come one after another, so a few places of staging are enough."""
+        self.fetched.append((event.layer, event.block))
+        image = self._images[event.layer]
+        extent = block_extent(event.block, len(image))
+        at = len(self.fetched) % 32 * BLOCK_BYTES
+        self.cache.engine.staging[at : at + extent.length] = image[extent.offset : extent.end]
+        pages = -(-extent.length // PAGE_BYTES)
+        return Record(FILL, event.layer, event.token, event.block, at, 1, (1 << pages) - 1)
+
+    async def end(self, clean: bool) -> None:
+        """Closes doors and cache. Not clean: as a kill would leave it, maps and all."""
+        asyncio.get_running_loop().remove_reader(self.cache.engine.event_fd)
+        for door in self._doors.values():
+            door.drain()
+            door.quit()
+            await asyncio.to_thread(door.close)
+        self._doors.clear()
+        await self.cache.close(clean)
+
+    def violations(self) -> list[Violation]:
+        """Every invariant that can be checked on what the engine and the files say now."""
+        return self.cache.check() + check_files(self.cache.path, maps=layer_rows(self.cache))
+
+
+@contextmanager
+def _index_rows(directory: Path, superblock: Superblock) -> Iterator[list[LayerRows]]:
+    index = open_index(directory / "index", superblock.uuid, superblock.slot_count)
+    try:
+        yield [
+            LayerRows(record.layer_id, record.kind, record.size_bytes, dict(index.rows(record.layer_id)))
+            for record in index.layers()
+        ]
+    finally:
+        index.close()
+
+
+def layer_rows(cache: Cache) -> list[LayerRows]:
+    """All rows of all block maps, from the engine."""
+    return [
+        LayerRows(layer_id, "base", layer.size_bytes, {row: layer.peek_row(row) for row in range(layer.rows)})
+        for layer_id, layer in cache.engine.layers.items()
+    ]
+
+
+def read_superblock(directory: Path) -> Superblock:
+    raw = (directory / "slots").open("rb").read(COPIES * COPY_BYTES)
+    return choose([raw[at : at + COPY_BYTES] for at in range(0, len(raw), COPY_BYTES)], "slots")[0]
+
+
+def index_rows(directory: Path) -> list[LayerRows]:
+    """What the index of a closed, or copied, cache directory says."""
+    with _index_rows(directory, read_superblock(directory)) as rows:
+        return rows
+
+
+def check_files(directory: Path, maps: list[LayerRows] | None = None) -> list[Violation]:
+    """The invariants on a directory as a crash left it. maps: what the session that wrote it thought."""
+    copy = copy_cache(directory, directory.with_name(f"{directory.name}.checked"))
+    try:
+        rows = index_rows(copy)
+        with (copy / "slots").open("rb") as slots:
+
+            def read(offset_bytes: int, length_bytes: int) -> bytes:
+                return os.pread(slots.fileno(), length_bytes, offset_bytes)
+
+            found = check(rows, read_superblock(copy).slot_count)
+            found += check_bytes(rows, read, (copy / "sums").read_bytes())
+        return found + (check_index(rows, maps) if maps is not None else [])
+    finally:
+        shutil.rmtree(copy)
+
+
+def copy_cache(directory: Path, target: Path) -> Path:
+    """The directory as a power cut at this instant would leave it, if the disk had lost nothing."""
+    shutil.rmtree(target, ignore_errors=True)
+    return Path(shutil.copytree(directory, target))
+
+
+def blocks_of(image: bytes) -> range:
+    return range(block_count(len(image)))
