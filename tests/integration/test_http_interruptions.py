@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.integration.servers import (
 )
 from tierblk.errors import RemoteRefused, RemoteUnavailable
 from tierblk.remote import Fetcher
+from tierblk.remote.direct import Sink
 from tierblk.remote.http import HttpSource, open_http
 
 CONTENT = bytes(range(1, 256)) * 4096
@@ -74,13 +76,23 @@ def open_responses(source: HttpSource) -> int:
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "read"])
 @pytest.mark.parametrize("stage", ["head", "inside the head", "start of the body", "body"])
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
-async def test_cancel(stage: str, tls: bool, direct: bool, tmp_path: Path) -> None:
+async def test_cancel(
+    stage: str, tls: bool, direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sinks = list[Sink]()
+
+    class Remembered(Sink):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            sinks.append(self)
+
     make_certificates(tmp_path)
     context = server_context(tmp_path) if tls else None
     async with OddServer(CONTENT, tls=context) as server, asyncio.timeout(DEADLINE_S):
         pause = server.script = Paused(server, stage)
         settings = remote_settings(ca_file=str(tmp_path / "ca.pem"))
         source = await open_http(server.url(), settings, may_go_direct=direct)
+        monkeypatch.setattr("tierblk.remote.direct.Sink", Remembered)
         tasks_before = asyncio.all_tasks()
         buffer, arrived = bytearray(LENGTH), asyncio.Event()
         read = asyncio.create_task(source.read_into(0, memoryview(buffer), lambda count: arrived.set()))
@@ -89,6 +101,8 @@ async def test_cancel(stage: str, tls: bool, direct: bool, tmp_path: Path) -> No
             await arrived.wait()
         await cancelled(read)
         assert open_responses(source) == 0
+        assert sinks
+        assert all(sink.room() is None for sink in sinks), "a TLS connection may read on while it closes"
         buffer[:] = bytes(LENGTH)  # lent to somebody else
         pause.may_go_on.set()
         await pause.client_gone.wait()
@@ -242,6 +256,28 @@ async def test_redirect_is_resolved_again_when_its_end_fails() -> None:
             await source.read_into(0, memoryview(buffer), lambda count: None)
         assert len(resolved) == 3
         assert "signed" not in str(caught.value), "messages name the configured address"
+        await source.aclose()
+
+
+async def test_redirect_is_resolved_again_after_an_outage_of_its_end() -> None:
+    async with OddServer(CONTENT) as elsewhere, OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
+
+        async def script(request: Request, client: Connection) -> None:
+            head = server.head(request, "302 Found", content_length="0", location=elsewhere.url())
+            await client.send(head)
+
+        async def out_of_order(request: Request, client: Connection) -> None:
+            await busy(request, client, elsewhere)
+
+        server.script = script
+        source = await open_http(server.url(), remote_settings())
+        elsewhere.script = out_of_order
+        with pytest.raises(RemoteUnavailable, match="503"):
+            await source.read_into(0, memoryview(bytearray(4096)), lambda count: None)
+        assert len(server.requests) == 1
+        server.script = None  # has the image itself now
+        await source.read_into(0, memoryview(bytearray(4096)), lambda count: None)
+        assert len(server.requests) == 2
         await source.aclose()
 
 
