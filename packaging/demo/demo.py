@@ -2,6 +2,7 @@
 """Boots a real Debian from an image on a web server, through tierblk: cold, then warm; prints what it cost.
 
 Environment: RTT_MS (round trip in milliseconds) and MBIT (Mbit/s) shape the link to the web server.
+DEMO_IN=vm takes a VM although this machine's own kernel has ublk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "vm"))
 
-from tierdemo import boots, image, report  # noqa: E402  (they need the path set above)
+from tierdemo import boots, image, native, report  # noqa: E402  (they need the path set above)
 from tiervm import disks, host, kernels, qemu  # noqa: E402
 from tiervm.paths import build_dir  # noqa: E402
 from tiervm.say import Failed, say  # noqa: E402
@@ -29,17 +30,10 @@ def main() -> int:
     try:
         host.require_supported()
         link = link_settings()
-        say("== what the demo needs (made once, kept)")
-        host.install(host.VM_PACKAGES)
-        kernel = kernels.kernel("new")
-        root = disks.test_root()
-        disk = image.image_disk()
-        accel = qemu.accelerator(kernel)
-        say(f"== a VM with Debian's kernel {kernel.release} ({report.ACCELERATORS[accel]}) boots the image from tierblk")
-        with tempfile.TemporaryDirectory(prefix="cache-", dir=build_dir()) as folder:
-            cache = boots.new_cache(Path(folder))
-            cold = boots.boot_image(kernel, root, disk, cache, link, "cold: empty cache")
-            warm = boots.boot_image(kernel, root, disk, cache, link, "warm: the same cache, a new boot")
+        if os.environ.get("DEMO_IN") != "vm" and native.has_ublk():
+            cold, warm = here(link)
+        else:
+            cold, warm = in_vm(link)
         say(report.table(cold, warm, image.IMAGE_BYTES, image.allocated_bytes(), link))
         say(f"all of it took {time.monotonic() - began_s:.0f} s")
         return 0
@@ -49,6 +43,34 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stderr.write("demo: interrupted; nothing is left running\n")
         return INTERRUPTED
+
+
+def here(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
+    """Both boots on this machine's own kernel."""
+    say("== what the demo needs (made once, kept)")
+    host.install(["mmdebstrap", "e2fsprogs", "fdisk", "debian-archive-keyring", *host.NATIVE_PACKAGES])
+    image.image_disk()
+    say(f"== this machine's kernel {os.uname().release} has ublk: the image boots as a container on it")
+    with tempfile.TemporaryDirectory(prefix="native-", dir=build_dir()) as name:
+        folder = Path(name)
+        with native.server(folder, link):
+            cold = native.boot_image(folder, "cold: empty cache")
+            return cold, native.boot_image(folder, "warm: same cache")
+
+
+def in_vm(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
+    """Both boots in a VM with Debian's newest kernel."""
+    say("== this machine's kernel has no ublk: a VM; what it needs is made once and kept")
+    host.install(host.VM_PACKAGES)
+    kernel = kernels.kernel("new")
+    root = disks.test_root()
+    disk = image.image_disk()
+    accel = report.ACCELERATORS[qemu.accelerator(kernel)]
+    say(f"== the image boots from tierblk under kernel {kernel.release}, {accel}")
+    with tempfile.TemporaryDirectory(prefix="cache-", dir=build_dir()) as folder:
+        cache = boots.new_cache(Path(folder))
+        cold = boots.boot_image(kernel, root, disk, cache, link, "cold: empty cache")
+        return cold, boots.boot_image(kernel, root, disk, cache, link, "warm: same cache")
 
 
 def link_settings() -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Inside the demo's VM, beside the Debian that boots: serves the image, attaches it, watches, reports, switches off.
+"""Inside the demo's VM, beside the Debian that boots: serves the image, attaches it, watches, reports,
+switches off.
 
 Usage: keeper.py FIFO. Writes the device's path to FIFO, and one JSON object a line to the second serial line.
 Environment: RTT_MS, MBIT shape the loopback that the image comes over.
@@ -18,10 +19,11 @@ DEMO = Path("/opt/tierblk/demo")
 HOST = Path("/dev/ttyS1")
 CONFIG = Path("/etc/tierblk/debian.toml")
 CACHE_DIR = Path("/var/cache/tierblk")
-# In the image's world; our own /run is another one.
-REACHED = Path("/proc/1/root/run/multi-user-reached")
+# In the image's world; ours is another one.
+REACHED = Path("/proc/1/root/var/multi-user-reached")
 POLL_S = 0.2
-# The daemon commits its index every five seconds (cache.commit_interval): after this the cache is on the disk.
+# The daemon commits its index every five seconds (cache.commit_interval): after this the cache is on the
+# disk.
 COMMITTED_AFTER_S = 8.0
 
 
@@ -73,7 +75,7 @@ def shape(rtt_ms: float, rate_mbit: float) -> None:
 
 def watch(began_s: float, attached_s: float) -> None:
     """Waits for multi-user.target, then reports the device's numbers."""
-    while not REACHED.exists() or not REACHED.read_text():
+    while not REACHED.exists():
         time.sleep(POLL_S)
     reached_s = float(REACHED.read_text().split()[0])
     status = json.loads(tierblk("status", "debian", "--json"))

@@ -20,7 +20,7 @@ GUEST = Path(__file__).resolve().parents[1] / "guest"
 
 @dataclass
 class Numbers:
-    """What one boot showed: the device's status as `tierblk status --json` has it, and how long things took."""
+    """What one boot showed: the device as `tierblk status --json` has it, and how long things took."""
 
     device: dict[str, Any] = field(default_factory=dict)
     attach_s: float = 0.0
@@ -55,7 +55,9 @@ class _Listener:
 def boot_image(
     kernel: Kernel, root: Path, image: Path, cache: Path, link: dict[str, str], title: str
 ) -> Numbers:
-    """Boots the image in a VM with this cache disk. Raises Failed with the console's end when it does not get there."""
+    """Boots the image in a VM with this cache disk. Raises Failed with the console's end when it does not get
+    there.
+    """
     with tempfile.TemporaryDirectory(prefix="demo-", dir=build_dir()) as folder, Step(title) as step:
         environment = quoted([f"{name}={value}" for name, value in link.items()])
         start = f"#!/bin/sh\nexport LANG=C.UTF-8 {environment}\nexec /opt/tierblk/demo/pid1\n"

@@ -1,4 +1,6 @@
-"""The Debian image that the demo serves and boots: a partition table, one ext4, systemd; made by Debian's own tools."""
+"""The Debian image that the demo serves and boots: a partition table, one ext4, systemd; made by Debian's own
+tools.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from pathlib import Path
 
 from tiervm.apt import quoted
 from tiervm.disks import GIB, MIB, bootstrap, ext4_of
-from tiervm.paths import alone, build_dir, key_of, making, remove
+from tiervm.paths import alone, build_dir, key_of, making, prune, remove
 from tiervm.say import Step, output, say
 
 SUITE = "trixie"
@@ -15,7 +17,8 @@ PARTITION_START_BYTES = MIB
 # A backup of the partition table lies in the last sectors.
 PARTITION_BYTES = IMAGE_BYTES - 2 * MIB
 PACKAGES = [
-    "systemd-sysv", "udev", "dbus", "libpam-systemd", "openssh-server", "sudo", "cron", "python3", "ca-certificates",
+    "systemd-sysv", "udev", "dbus", "libpam-systemd", "openssh-server", "sudo", "cron", "python3",
+    "ca-certificates",
     "curl", "vim-tiny", "less", "bash-completion", "iproute2", "iputils-ping", "netbase", "procps", "kmod",
     "e2fsprogs", "systemd-timesyncd", "systemd-resolved", "locales", "man-db", "linux-image-cloud-amd64",
 ]  # fmt: skip
@@ -23,6 +26,8 @@ PACKAGES = [
 SETTINGS = (
     'echo debian >"$1/etc/hostname" && echo "LABEL=debian / ext4 defaults 0 1" >"$1/etc/fstab"'
     ' && echo 0123456789abcdef0123456789abcdef >"$1/etc/machine-id" && rm -rf "$1"/var/lib/apt/lists/*'
+    # As after its first boot: catalogues are built, nothing is due to an update of /usr.
+    ' && chroot "$1" journalctl --update-catalog && chroot "$1" /usr/lib/systemd/systemd-update-done'
 )
 GPT = "label: gpt\nstart={start}, size={size}, type=4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709, name=root\n"
 SECTOR_BYTES = 512
@@ -30,21 +35,28 @@ RECIPE = "1"
 
 
 def image_disk() -> Path:
-    """A disk with one file, debian.raw, for the VM whose web server serves it; made once for a list of packages."""
-    key = key_of(RECIPE, SUITE, quoted(PACKAGES), SETTINGS, GPT, str(IMAGE_BYTES))
-    target = build_dir() / "images" / f"debian-{key}"
+    """A disk with one file, debian.raw, for the VM whose web server serves it; made once for a list of
+    packages.
+    """
+    target = _folder()
     with alone("image"):
         if target.exists():
             say("  Debian image: kept from before")
         else:
             with Step(f"Debian image ({SUITE}, {len(PACKAGES)} packages and what they need)") as step:
                 _make(step, target)
+            prune(target.parent, kept=2)
     return target / "disk"
+
+
+def _folder() -> Path:
+    key = key_of(RECIPE, SUITE, quoted(PACKAGES), SETTINGS, GPT, str(IMAGE_BYTES))
+    return build_dir() / "images" / f"debian-{key}"
 
 
 def image_file() -> Path:
     """The image itself, debian.raw."""
-    return image_disk().parent / "content/debian.raw"
+    return _folder() / "content/debian.raw"
 
 
 def allocated_bytes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tierdemo.boots import Numbers
 
-ACCELERATORS = {"kvm": "with KVM", "tcg": "emulated: KVM does not boot it here, so seconds are 10 to 20 times too many"}
+ACCELERATORS = {"kvm": "with KVM", "tcg": "emulated (10 to 20 times slower than KVM)"}
 MIB = 1 << 20
 WIDTHS = (34, 14, 14)
 
@@ -25,7 +25,10 @@ def table(cold: Numbers, warm: Numbers, image_bytes: int, allocated_bytes: int, 
         _row("  share of what is not a hole", *(_percent(_fetched(one), allocated_bytes) for one in both)),
         _row("requests to the server", *(str(one.device["remote_requests"]) for one in both)),
         _row("read by Debian", *(f"{_read(one) / MIB:.1f} MiB" for one in both)),
-        _row("  answered by the cache", *(_percent(_read(one) - one.device["miss_bytes"], _read(one)) for one in both)),
+        _row(
+            "  answered by the cache",
+            *(_percent(_read(one) - one.device["miss_bytes"], _read(one)) for one in both),
+        ),
         _row("errors", *(str(one.device["errors"]) for one in both)),
         _row("seconds to attach", *(f"{one.attach_s:.1f}" for one in both)),
         _row("seconds from there to multi-user", *(f"{one.boot_s:.1f}" for one in both)),
@@ -35,7 +38,10 @@ def table(cold: Numbers, warm: Numbers, image_bytes: int, allocated_bytes: int, 
 
 
 def _row(name: str, *values: str) -> str:
-    cells = [name.ljust(WIDTHS[0]), *(value.rjust(width) for value, width in zip(values, WIDTHS[1:], strict=True))]
+    cells = [
+        name.ljust(WIDTHS[0]),
+        *(value.rjust(width) for value, width in zip(values, WIDTHS[1:], strict=True)),
+    ]
     return "".join(cells).rstrip()
 
 

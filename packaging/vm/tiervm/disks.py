@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tiervm.apt import inherited_options, origin, quoted
-from tiervm.paths import alone, build_dir, key_of, making, remove
+from tiervm.paths import alone, build_dir, key_of, making, prune, remove
 from tiervm.say import Step, output, say
 
 MIB = 1 << 20
@@ -82,4 +82,5 @@ def test_root() -> Path:
                 ext4_of(tree, file, TEST_ROOT_BYTES, label="root")
             finally:
                 remove(tree)
+        prune(target.parent, kept=2)
     return target

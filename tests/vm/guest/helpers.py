@@ -54,7 +54,9 @@ def left_behind() -> list[str]:
 
 
 def tierblk_processes() -> dict[int, str]:
-    """Daemons and commands of ours, pid -> command line: a word of it is "tierblk", ".../tierblk" or its __main__.py."""
+    """Daemons and commands of ours, pid -> command line: a word of it is "tierblk", ".../tierblk" or its
+    __main__.py.
+    """
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
