@@ -124,6 +124,6 @@ def _helper(loaded: Config, args: argparse.Namespace) -> int:
     except DeadSocket:
         return 0
     except BaseException:
-        starting.stop_if_idle(daemon)
+        starting.stop_if_idle(daemon, wait=False)  # its process waits for this one
         raise
     return 0

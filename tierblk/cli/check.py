@@ -6,7 +6,6 @@ With --json: {"ok": true, "path", "config", "remote"}, where remote is null with
 from __future__ import annotations
 
 import argparse
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from tierblk.cli.arguments import add_json
@@ -29,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a sentence, and one about the remote."""
+    import asyncio
+
     from tierblk import config
 
     loaded = config.load(args.config)

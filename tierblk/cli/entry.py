@@ -11,8 +11,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from rich_argparse import RawDescriptionRichHelpFormatter
-
 import tierblk
 from tierblk.cli import attach, check, completion, detach, doctor, serve, status, stop
 from tierblk.cli import list as list_
@@ -29,25 +27,33 @@ exit codes:
 VERBS = (attach, detach, list_, status, stop, check, doctor, completion)
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Colours for help texts; imported when one is shown, which is seldom."""
+    from rich_argparse import RawDescriptionRichHelpFormatter
+
+    return RawDescriptionRichHelpFormatter(prog)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="tierblk",
         description=(tierblk.__doc__ or "").removeprefix("tierblk: "),
         epilog=EPILOG,
-        formatter_class=RawDescriptionRichHelpFormatter,
+        formatter_class=_formatter,
     )
     parser.add_argument("--version", action="version", version=f"tierblk {tierblk.__version__}")
     debug = "show where an error came from"
     parser.add_argument("--debug", action="store_true", help=debug)
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # with prog given, argparse need not make a formatter to find it out
+    verbs = parser.add_subparsers(prog="tierblk", title="commands", metavar="COMMAND", required=True)
     for verb in (*VERBS, serve):
         # serve is what attach starts; without a help text it is not listed
         listed = {} if verb is serve else {"help": verb.HELP}
         sub = verbs.add_parser(
             verb.NAME,
             description=verb.__doc__,
-            formatter_class=RawDescriptionRichHelpFormatter,
+            formatter_class=_formatter,
             **listed,
         )
         verb.add_arguments(sub)

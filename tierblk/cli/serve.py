@@ -51,9 +51,9 @@ def serve(loaded: Config, ready_fd: int | None, *, debug: bool) -> int:
     if ready_fd is not None:
         os.set_inheritable(ready_fd, False)
     try:
-        from tierblk import daemon
+        from tierblk.daemon import main
 
-        return daemon.main(loaded, ready_fd=ready_fd)
+        return main(loaded, ready_fd=ready_fd)
     except TierblkError as error:
         if ready_fd is not None:
             control.report_failure(ready_fd, error)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 READY_TIMEOUT_S = 600.0
 HOLDER_TIMEOUT_S = 60.0  # how long a daemon may take to stop, or to begin
 POLL_S = 0.05
+START_TRIES = 3
 LOG_BYTES_MAX = 1 << 20
 
 
@@ -44,21 +45,24 @@ def running_or_started(config: Config, *, timeout_s: float, debug: bool) -> tupl
         return found, False
     # One at a time: the second one waits for the first one's daemon, and finds it.
     with _only_starter(cache_dir):
-        while not (found := find_daemon(cache_dir, timeout_s)):
+        for _ in range(START_TRIES):
+            found = find_daemon(cache_dir, timeout_s)
+            if found:
+                return found, False
+            was_locked = _is_locked(cache_dir)
             try:
                 _start(config, debug=debug)
             except CacheError:
-                # Somebody else's daemon may have the lock: one that starts (a service, say), or one that stops.
-                if not _is_locked(cache_dir):
+                # Another daemon may have the lock: one that starts (a service, say), or one that stops.
+                if not was_locked and not _is_locked(cache_dir):
                     raise
                 _wait_for_holder(cache_dir, timeout_s)
                 continue
             found = find_daemon(cache_dir, timeout_s)
-            if found is None:
-                hint = f"its log is {log_path(cache_dir)}"
-                raise DaemonError(f"the daemon of {cache_dir} ended just after it was started", hint)
-            return found, True
-        return found, False
+            if found:
+                return found, True
+    hint = f"its log is {log_path(cache_dir)}"
+    raise DaemonError(f"the daemon of {cache_dir} ends as soon as it is started", hint)
 
 
 def _wait_for_holder(cache_dir: Path, timeout_s: float) -> None:
@@ -170,12 +174,20 @@ def _start(config: Config, *, debug: bool) -> None:
         os.close(log_fd)
     try:
         await_ready(ready_read, READY_TIMEOUT_S, log_file)
-    except BaseException:
-        process.terminate()  # not ready, so it serves nobody
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+    except BaseException as error:
+        _end(process, grace_s=5.0 if isinstance(error, TierblkError) else 0.0)
         raise
     process.returncode = 0  # it stays, and init takes it over: Popen has nothing to warn about
+
+
+def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    """A daemon that is not ready serves nobody. grace_s: to end by itself, and to write into its log why."""
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
 
 
 def await_ready(ready_fd: int, timeout_s: float, log_file: Path | None) -> None:
@@ -201,12 +213,12 @@ def await_ready(ready_fd: int, timeout_s: float, log_file: Path | None) -> None:
         raise from_dict(report.get("error") if isinstance(report, dict) else report)
 
 
-def stop_if_idle(daemon: Daemon) -> None:
+def stop_if_idle(daemon: Daemon, *, wait: bool = True) -> None:
     """Take a daemon away that was started for nothing; whatever goes wrong, the first error counts."""
     with suppress(TierblkError, OSError):
         process_fd = daemon.process()
         try:
-            if daemon.request("POST", "/v1/stop", {"if_idle": True}).get("stopping"):
+            if daemon.request("POST", "/v1/stop", {"if_idle": True}).get("stopping") and wait:
                 wait_for_end(process_fd, daemon.timeout_s)
         finally:
             os.close(process_fd)

@@ -1,0 +1,127 @@
+"""Stands in for tierblk.daemon in processes of the command line's tests: real socket, real lock, no kernel.
+
+A `sitecustomize.py` puts it in place, see `cli_harness.py`. Devices are plain files beside the cache.
+FAKE_DAEMON in the environment: "refuse" (cannot start), "crash" (ends without a word), or nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from tierblk.config import Config
+from tierblk.control import ControlServer, report_ready
+from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable
+from tierblk.rundir import run_root
+
+
+class FakeDaemon:
+    """Keeps dictionaries of devices."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.stopping = asyncio.Event()
+        self.slow_attach = asyncio.Event()
+        self._devices: dict[str, dict[str, Any]] = {}
+
+    async def attach(self, config: Config) -> dict[str, Any]:
+        name = config.device.name
+        if name in self._devices:
+            raise DaemonError(f"{name} is attached already", "use it")
+        if "unreachable" in config.base.url:
+            raise RemoteUnavailable(f"{config.base.url} does not answer", "is it up?")
+        if name == "bug":
+            raise KeyError("a bug in the daemon")
+        if name == "slow":
+            self.slow_attach.set()
+            await self.stopping.wait()
+        path = config.cache.dir.parent / f"{name}.device"
+        path.touch()
+        self._devices[name] = {
+            "name": name,
+            "path": str(path),
+            "plane": "copy",
+            "size_bytes": 2**31,
+            "hit_bytes": 3 * 2**20,
+            "miss_bytes": 2**20,
+            "zero_bytes": 0,
+            "fetched_bytes": 2**20,
+            "requests": 70,
+            "remote_requests": 4,
+            "errors": 0,
+            "state": "degraded" if name == "ill" else "ok",
+            "reason": "the server\x1b[31m is away" if name == "ill" else None,
+            "url": config.base.url,
+            "config_path": str(config.path),
+            "queue_depth": config.device.queue_depth,
+            "warnings": ["the image was cut off"] if name == "cut" else [],
+        }
+        return self._devices[name]
+
+    async def detach(self, name: str) -> None:
+        Path(self.device(name)["path"]).unlink()
+        del self._devices[name]
+
+    def devices(self) -> list[dict[str, Any]]:
+        return list(self._devices.values())
+
+    def device(self, name: str) -> dict[str, Any]:
+        if name not in self._devices:
+            raise DeviceError(f"no device is called {name}")
+        return self._devices[name]
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "cache_dir": str(self.config.cache.dir),
+            "config_path": str(self.config.path),
+            "started": time.time(),
+            "session_leader": os.getsid(0) == os.getpid(),
+            "cwd": os.getcwd(),
+            "stdin": os.readlink("/proc/self/fd/0"),
+        }
+
+    def request_stop(self) -> None:
+        self.stopping.set()
+
+
+def run_dir_of(cache_dir: Path) -> Path:
+    """Where the fake daemon of a directory listens."""
+    return run_root() / hashlib.sha256(os.fsencode(os.path.realpath(cache_dir))).hexdigest()[:32]
+
+
+async def serve(config: Config, ready_fd: int | None) -> None:
+    daemon = FakeDaemon(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, daemon.request_stop)
+    control = ControlServer(daemon, run_dir_of(config.cache.dir))
+    await control.start()
+    if ready_fd is not None:
+        report_ready(ready_fd, control.socket_path)
+    await daemon.stopping.wait()
+    for name in [device["name"] for device in daemon.devices()]:
+        await daemon.detach(name)
+    await control.close()
+
+
+def main(config: Config, *, ready_fd: int | None = None) -> int:
+    """As tierblk.daemon.main."""
+    behaviour = os.environ.get("FAKE_DAEMON", "")
+    if behaviour == "refuse":
+        raise CacheError(f"{config.cache.dir} was made by a newer tierblk", "update tierblk")
+    if behaviour == "crash":
+        os._exit(9)
+    config.cache.dir.mkdir(exist_ok=True)
+    with open(config.cache.dir / "slots", "ab") as slots:
+        try:
+            fcntl.flock(slots, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CacheError(f"{config.cache.dir} is locked by another daemon") from None
+        asyncio.run(serve(config, ready_fd))
+    return 0
