@@ -40,8 +40,8 @@ class Committer:
     """Runs commit cycles for one cache. Engine calls are made on the event loop, what blocks in a thread of
     its own.
 
-    layers: all layers of the engine, asked for at every cycle. sync_slots and sync_sums are given the
-    descriptor and raise OSError when bytes may be lost.
+    layers: all layers of the engine, asked for at every cycle. sync_slots and sync_sums get the descriptor
+    and raise OSError when bytes may be lost; tests put a failing disk there.
     """
 
     def __init__(
@@ -51,13 +51,14 @@ class Committer:
         index: Index,
         slots_fd: int,
         sums_fd: int,
-        sync_slots: Callable[[int], None] = os.fdatasync,
-        sync_sums: Callable[[int], None] = os.fsync,
     ) -> None:
         self._engine = engine
         self._layers = layers
         self._index = index
-        self._syncs = (("slots", sync_slots, slots_fd), ("sums", sync_sums, sums_fd))
+        self._slots_fd = slots_fd
+        self._sums_fd = sums_fd
+        self.sync_slots: Callable[[int], None] = os.fdatasync
+        self.sync_sums: Callable[[int], None] = os.fsync
         self._executor = ThreadPoolExecutor(1, "tierblk-commit")
         self._running: asyncio.Task[CommitReport] | None = None
         self._next: asyncio.Task[CommitReport] | None = None
@@ -137,15 +138,15 @@ class Committer:
     def _persist(self, copies: dict[int, list[tuple[int, bytes]]]) -> tuple[int, int]:
         """Steps 2 and 3, in the executor."""
         self._refuse()
-        for name, sync, descriptor in self._syncs:
-            try:
-                sync(descriptor)
-            except OSError as error:
-                self._refusal = (
-                    f"the cache's {name} could not be synced ({error.strerror}); "
-                    "nothing more is recorded until the daemon is restarted"
-                )
-                raise CacheError(self._refusal) from None
+        try:
+            self.sync_slots(self._slots_fd)
+            self.sync_sums(self._sums_fd)
+        except OSError as error:
+            self._refusal = (
+                f"the cache's slots could not be synced ({error.strerror}); "
+                "nothing more is recorded until the daemon is restarted"
+            )
+            raise CacheError(self._refusal) from None
         if not copies:
             return 0, 0
         try:

@@ -222,7 +222,11 @@ def _claim(path: Path, undo: ExitStack) -> int:
             f"{path} is not empty and not a cache directory: it holds {sorted(names)[0]!r}",
             "use another directory",
         )
-    slots_fd = _open_slots(path / NEW_SLOTS, os.O_CREAT)
+    try:
+        slots_fd = _open_slots(path / NEW_SLOTS, os.O_CREAT)
+    except CacheError:  # the file is made before O_DIRECT is refused
+        _remove(path / NEW_SLOTS)
+        raise
     assert slots_fd is not None  # O_CREAT makes it, or the call raises
     undo.callback(os.close, slots_fd)
     try:

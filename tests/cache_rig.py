@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -193,3 +194,14 @@ def copy_cache(directory: Path, target: Path) -> Path:
 
 def blocks_of(image: bytes) -> range:
     return range(block_count(len(image)))
+
+
+@contextmanager
+def mounted(kind: str, at: Path, options: str = "") -> Iterator[Path]:
+    """A filesystem of its own in the new folder `at`; mounting needs root, as the demo and the VMs do."""
+    at.mkdir()
+    subprocess.run(["mount", "-t", kind, *(["-o", options] if options else []), kind, at], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
