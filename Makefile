@@ -44,14 +44,14 @@ packages:
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt | packages
 	@echo "== python environment in $(VENV)"
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --progress-bar off -c constraints.txt setuptools cffi
+	[ -x $(BIN)/python ] || .ci/tick $(PYTHON) -m venv $(VENV)
+	.ci/tick $(PIP) install --progress-bar off -c constraints.txt setuptools cffi
 	@touch $@
 
 # Without isolation: the build uses the pinned setuptools and cffi, and a rebuild asks no package index.
 $(VENV)/.built: $(VENV)/.dependencies setup.py $(CORE_SOURCES)
 	@echo "== building tierblk and its C core"
-	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev]'
+	.ci/tick $(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 build: packages $(VENV)/.built
@@ -60,7 +60,7 @@ check: build
 	@echo "== lint, types, import contracts"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	.ci/tick $(BIN)/mypy
 	$(BIN)/lint-imports
 
 test-native: check
