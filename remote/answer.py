@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from tierblk.errors import RemoteRefused, RemoteUnavailable, TierblkError
 
@@ -55,6 +56,12 @@ class Pin:
         if self.last_modified:
             return f"last-modified:{self.last_modified}"
         return f"size:{self.size_bytes}"
+
+    @classmethod
+    def of_identity(cls, size_bytes: int, validator: str) -> Self:
+        """The pin whose `validator` this was: what is left of a version that was pinned in an earlier run."""
+        kind, _, value = validator.partition(":")
+        return cls(size_bytes, value if kind == "etag" else None, value if kind == "last-modified" else None)
 
     def conditions(self) -> dict[str, str]:
         """Request headers that make the server itself refuse another version (412)."""

@@ -93,6 +93,10 @@ class HttpSource:
                 found,
             )
 
+    def trust(self, known: Identity) -> None:
+        """Take the version that an earlier run pinned, without having asked: every read will be checked."""
+        self._pin = Pin.of_identity(known.size_bytes, known.validator)
+
     async def read_into(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
         """See Source.read_into."""
         view = buffer.cast("B")
@@ -224,10 +228,12 @@ class HttpSource:
             progress(filled_bytes)  # only its end proved that the body has the right length (I6)
 
 
-async def open_http(url: str, settings: RemoteSettings, *, may_go_direct: bool = True) -> HttpSource:
+async def open_http(
+    url: str, settings: RemoteSettings, known: Identity | None = None, *, may_go_direct: bool = True
+) -> HttpSource:
     """Connect, check that the server answers range requests, and pin the version. Errors: see open_source.
 
-    may_go_direct=False: the ordinary way only.
+    known: what to pin when the server cannot be reached. may_go_direct=False: the ordinary way only.
     """
     address = _parse(url)
     context = await asyncio.to_thread(_tls_context, settings.ca_file)
@@ -248,6 +254,12 @@ async def open_http(url: str, settings: RemoteSettings, *, may_go_direct: bool =
     source = HttpSource(address, session, settings.headers)
     try:
         await source.probe()
+    except RemoteUnavailable as error:
+        if known is None:
+            await session.close()
+            raise
+        log.warning("%s; serving what is cached of the version known from last time", error)
+        source.trust(known)
     except BaseException:
         await session.close()
         raise

@@ -49,8 +49,12 @@ class Source(Protocol):
         """Close connections and descriptors; reads that still run end in an error."""
 
 
-async def open_source(url: str, settings: RemoteSettings) -> Source:
+async def open_source(url: str, settings: RemoteSettings, known: Identity | None = None) -> Source:
     """Look at what lies at the url, pin its version, and return it ready to be read.
+
+    known: the version that was pinned at this url last. When the server cannot be reached it is pinned again,
+    so that what is cached of it can be served with no network; another version is still noticed, at the first
+    read that reaches the server.
 
     Raises RemoteUnavailable or RemoteRefused (also for an address that is no http, https or file URL), and
     ConfigError for a ca_file or header that cannot be used.
@@ -60,7 +64,7 @@ async def open_source(url: str, settings: RemoteSettings) -> Source:
     if scheme in ("http", "https"):
         from tierblk.remote.http import open_http
 
-        return await open_http(url, settings)
+        return await open_http(url, settings, known)
     if scheme == "file":
         from tierblk.remote.file import open_file
 
