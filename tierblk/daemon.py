@@ -112,8 +112,7 @@ class Daemon:
         if cache is None or fills is None:
             return
         await fills.stop()
-        while fills.busy:  # the engine answers every fill, with or without bytes
-            await asyncio.sleep(0.001)
+        await fills.idle()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -160,13 +159,14 @@ class Daemon:
                 self._fills.filled(event)
             elif event.kind == EVICTED:
                 self._evicting_slots = 0
-                self._make_space()
+                # Nothing could go: asking again at once would only spin. The next fill says NEED_SPACE.
+                self._make_space(may_evict=event.value > 0)
             elif event.kind == NEED_SPACE:
                 self._make_space()
         if misses:
             self._fills.miss(misses)
 
-    def _make_space(self) -> None:
+    def _make_space(self, *, may_evict: bool = True) -> None:
         """Eviction ahead of demand; what it freed is of use after a commit only (I4)."""
         assert self._cache is not None
         engine = self._cache.engine
@@ -179,7 +179,7 @@ class Daemon:
             quarantined=quarantined,
             evicting=self._evicting_slots,
         )
-        if count:
+        if count and may_evict:
             self._evicting_slots += count
             engine.push([Record(EVICT, value=count)])
         elif commit_is_due(self._marks, free=free, quarantined=quarantined):

@@ -75,6 +75,7 @@ class Device:
         self._last_stats: dict[str, int] = {}
         self._safe_stop = False
         self._ended = asyncio.Event()
+        self._stopping = asyncio.Lock()
 
     @property
     def path(self) -> str:
@@ -95,8 +96,8 @@ class Device:
             await self._run(ublk.start_dev, self.dev_id, pid=os.getpid(), timeout_ms=_START_MS)
             await self._wait_for(self.path, lambda: os.path.exists(self.path))
         except (OSError, DeviceError, asyncio.CancelledError) as error:
-            self.state = "stopping"
             await self._take_down()
+            self.state = "stopped"
             if isinstance(error, OSError):
                 raise driver_error(error) from None
             raise
@@ -167,11 +168,18 @@ class Device:
     async def stop(self, *, force: bool) -> None:
         """Stop and delete it. Without `force`, DeviceError when it is in use; the device then goes on as
         before."""
-        if self.state == "live":
-            if not force and self._safe_stop:
-                await self._try_stop()
-            self.state = "stopping"
-        await self._take_down()
+        async with self._stopping:
+            if self.state == "stopped":
+                return
+            before, self.state = self.state, "stopping"
+            if before == "live" and not force and self._safe_stop:
+                try:
+                    await self._try_stop()
+                except DeviceError:
+                    self.state = before
+                    raise
+            await self._take_down()
+            self.state = "stopped"
 
     async def _try_stop(self) -> None:
         """TRY_STOP refuses at once while the device is open. Otherwise it waits for requests that nobody

@@ -57,6 +57,7 @@ class Fills:
         self._max_window_blocks = min(max_window_blocks, self._pool.blocks)
         self._windows: dict[int, _Window | None] = {}  # by token; None: refused at once
         self._tasks: dict[asyncio.Task[None], _Window] = {}
+        self._idle = asyncio.Event()
         self.slot_write_failure: str | None = None
 
     def miss(self, events: Sequence[Record]) -> None:
@@ -77,11 +78,13 @@ class Fills:
         """A FILLED event: the engine is done with that block's staging memory."""
         window = self._windows.pop(event.token)
         if window is None:
+            self._look_idle()
             return
         if event.result < 0 and event.block not in window.failed:
             self._slot_write_failed(-event.result)
         window.open -= 1
         self._release(window)
+        self._look_idle()
 
     async def stop(self, layer_id: int | None = None) -> None:
         """End all fetches, or those of one layer; returns when none can write to staging memory any more.
@@ -90,6 +93,17 @@ class Fills:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def idle(self) -> None:
+        """Until every MISS has its FILLED, which the engine sends for each, with or without bytes."""
+        self._look_idle()
+        await self._idle.wait()
+
+    def _look_idle(self) -> None:
+        if self._windows:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     @property
     def busy(self) -> int:

@@ -104,7 +104,7 @@ uint8_t *tb_engine_staging(tb_engine *e)
     return e->staging;
 }
 
-/* NEED_SPACE is said once when fewer slots than this are free, and again after the next EVICTED. */
+/* NEED_SPACE is said once when fewer slots than this are free, and again after the next EVICTED or commit. */
 void tb_engine_set_low(tb_engine *e, uint32_t free_slots)
 {
     __atomic_store_n(&e->low, free_slots, __ATOMIC_RELAXED);

@@ -179,9 +179,9 @@ void tb_fill_written(tb_engine *e, tb_fill *fill)
 
 static void want_space(tb_engine *e)
 {
-    if (TB_LOAD(&e->free_count) >= TB_LOAD(&e->low) || e->need_space_told)
+    if (TB_LOAD(&e->free_count) >= TB_LOAD(&e->low) || TB_LOAD(&e->need_space_told))
         return;
-    e->need_space_told = 1;
+    __atomic_store_n(&e->need_space_told, 1, __ATOMIC_RELAXED);
     tb_say(e, (tb_record){.kind = TB_EV_NEED_SPACE, .value = TB_LOAD(&e->free_count)});
 }
 

@@ -152,6 +152,8 @@ void tb_slots_commit_end(tb_engine *e, int ok)
         __atomic_store_n(&e->quarantined, e->quarantined - released, __ATOMIC_RELAXED);
     }
     tb_lock_give(&e->slot_lock);
+    if (ok)
+        __atomic_store_n(&e->need_space_told, 0, __ATOMIC_RELAXED);
 }
 
 /* One slot under the hand: its block leaves if nothing is in flight on it and it was not hit lately. A block on
@@ -212,5 +214,5 @@ void tb_evict_turn(tb_engine *e)
     tb_ring_push(&e->events, &event, 1);
     TB_COUNT(&e->stats.evicted, e->evict_done);
     e->evict_done = e->evict_steps = 0;
-    e->need_space_told = 0;
+    __atomic_store_n(&e->need_space_told, 0, __ATOMIC_RELAXED);
 }
