@@ -108,7 +108,11 @@ class Daemon:
         self._stopping.set()
         cache, fills = self._cache, self._fills
         async with self._attaching:
-            await asyncio.gather(*(self._stop_device(device) for device in list(self._devices.values())))
+            devices = list(self._devices.values())
+            ends = await asyncio.gather(*map(self._stop_device, devices), return_exceptions=True)
+            for device, end in zip(devices, ends, strict=True):
+                if isinstance(end, BaseException):  # the others and the cache still end in order
+                    log.error("%s (%s) could not be stopped: %s", device.name, device.path, end)
         if cache is None or fills is None:
             return
         await fills.stop()
@@ -285,10 +289,9 @@ class Daemon:
     async def detach(self, name: str) -> None:
         """See control.DaemonApi."""
         device = self._find(name)
-        if device.state not in ("live", "gone"):
-            raise DeviceError(f"{name} is {device.state} already")
         await device.stop(force=False)
-        await self._forget(device)
+        if self._devices.get(name) is device:  # not when two detach at once
+            await self._forget(device)
         log.info("%s is detached", name)
 
     async def _forget(self, device: Device) -> None:

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from errno import EACCES, EBUSY, ENODEV, ENOENT, EOPNOTSUPP, EPERM, ETIMEDOUT
+from errno import EACCES, EBUSY, EMFILE, ENODEV, ENOENT, EOPNOTSUPP, EPERM, ETIMEDOUT
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,11 @@ def driver_error(error: OSError) -> DeviceError:
         )
     if error.errno in (EACCES, EPERM):
         return DeviceError("no permission to use /dev/ublk-control", "run it as root")
+    if error.errno == EMFILE:
+        return DeviceError(
+            "the devices of one daemon can have 4096 requests in flight together",
+            "lower device.queue_depth, or use another cache directory",
+        )
     return DeviceError(f"the ublk driver refused: {error.strerror}")
 
 
@@ -76,6 +81,7 @@ class Device:
         self._safe_stop = False
         self._ended = asyncio.Event()
         self._stopping = asyncio.Lock()
+        self._down = False
 
     @property
     def path(self) -> str:
@@ -97,7 +103,6 @@ class Device:
             await self._wait_for(self.path, lambda: os.path.exists(self.path))
         except (OSError, DeviceError, asyncio.CancelledError) as error:
             await self._take_down()
-            self.state = "stopped"
             if isinstance(error, OSError):
                 raise driver_error(error) from None
             raise
@@ -169,7 +174,7 @@ class Device:
         """Stop and delete it. Without `force`, DeviceError when it is in use; the device then goes on as
         before."""
         async with self._stopping:
-            if self.state == "stopped":
+            if self._down:
                 return
             before, self.state = self.state, "stopping"
             if before == "live" and not force and self._safe_stop:
@@ -179,7 +184,6 @@ class Device:
                     self.state = before
                     raise
             await self._take_down()
-            self.state = "stopped"
 
     async def _try_stop(self) -> None:
         """TRY_STOP refuses at once while the device is open. Otherwise it waits for requests that nobody
@@ -210,6 +214,8 @@ class Device:
         if self.dev_id >= 0:
             with self._reported("DEL_DEV"):
                 await self._run(ublk.del_dev, self.dev_id, timeout_ms=_STOP_MS)
+        self._down = True
+        self.state = "gone" if self.reason else "stopped"
 
     async def _end_door(self, door: UblkDoor) -> None:
         try:

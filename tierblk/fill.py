@@ -76,6 +76,9 @@ class Fills:
 
     def filled(self, event: Record) -> None:
         """A FILLED event: the engine is done with that block's staging memory."""
+        if event.token not in self._windows:
+            log.error("a fill ended that nobody asked for: %s", event)
+            return
         window = self._windows.pop(event.token)
         if window is None:
             self._look_idle()

@@ -160,8 +160,10 @@ static void *queue_main(void *argument)
 
 int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_door_ops *ops, void *door, tb_queue **out)
 {
-    if (depth == 0 || engine->tags + depth > TB_MAX_TAGS)
+    if (depth == 0)
         return -EINVAL;
+    if (engine->tags + depth > TB_MAX_TAGS) /* more requests could miss than there are fills and ring records for */
+        return -EMFILE;
     tb_queue *queue = calloc(1, sizeof *queue);
     if (!queue)
         return -ENOMEM;
