@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,14 +17,15 @@ sys.path.insert(0, str(HERE.parent / "vm"))
 
 from tierdemo import boots, image, native, report  # noqa: E402  (they need the path set above)
 from tiervm import disks, host, kernels, qemu  # noqa: E402
-from tiervm.paths import build_dir  # noqa: E402
-from tiervm.say import Failed, say  # noqa: E402
+from tiervm.paths import temporary  # noqa: E402
+from tiervm.say import Failed, end_in_order, say  # noqa: E402
 
 INTERRUPTED = 130
 
 
 def main() -> int:
     """The whole demo; every failure is one sentence on stderr."""
+    end_in_order()
     began_s = time.monotonic()
     try:
         host.require_supported()
@@ -51,11 +51,9 @@ def here(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
     host.install(["mmdebstrap", "e2fsprogs", "fdisk", "debian-archive-keyring", *host.NATIVE_PACKAGES])
     image.image_disk()
     say(f"== this machine's kernel {os.uname().release} has ublk: the image boots as a container on it")
-    with tempfile.TemporaryDirectory(prefix="native-", dir=build_dir()) as name:
-        folder = Path(name)
-        with native.server(folder, link):
-            cold = native.boot_image(folder, "cold: empty cache")
-            return cold, native.boot_image(folder, "warm: same cache")
+    with temporary("native") as folder, native.server(folder, link):
+        cold = native.boot_image(folder, "cold: empty cache")
+        return cold, native.boot_image(folder, "warm: same cache")
 
 
 def in_vm(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
@@ -67,8 +65,8 @@ def in_vm(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
     disk = image.image_disk()
     accel = report.ACCELERATORS[qemu.accelerator(kernel)]
     say(f"== the image boots from tierblk under kernel {kernel.release}, {accel}")
-    with tempfile.TemporaryDirectory(prefix="cache-", dir=build_dir()) as folder:
-        cache = boots.new_cache(Path(folder))
+    with temporary("cache") as folder:
+        cache = boots.new_cache(folder)
         cold = boots.boot_image(kernel, root, disk, cache, link, "cold: empty cache")
         return cold, boots.boot_image(kernel, root, disk, cache, link, "warm: same cache")
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from tiervm import disks, host, kernels, paths
-from tiervm.say import Failed, say
+from tiervm.say import Failed, end_in_order, say
 
 
 def _kernels() -> None:
@@ -29,6 +29,7 @@ ACTIONS = {
 
 def main() -> int:
     """The command line; every failure is one sentence on stderr."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="+", choices=list(ACTIONS))
     try:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 from tiervm import disks, host, kernels, payload, qemu
 from tiervm.apt import quoted
-from tiervm.paths import build_dir
-from tiervm.say import Failed, say
+from tiervm.paths import temporary
+from tiervm.say import Failed, end_in_order, say
 
 CANNOT_RUN = 125
 INTERRUPTED = 130
@@ -25,6 +24,7 @@ INTERRUPTED = 130
 
 def main() -> int:
     """The command line; every failure is one sentence on stderr."""
+    end_in_order()
     options = _parser().parse_args()
     try:
         host.require_supported()
@@ -79,16 +79,14 @@ def _run(options: argparse.Namespace) -> int:
     given = [_disk(word) for word in options.disk]
     kernel = kernels.kernel(options.kernel)
     root = disks.test_root()
-    with tempfile.TemporaryDirectory(prefix="run-", dir=build_dir()) as folder:
+    with temporary("run") as folder:
         attached = [
             qemu.Disk("root", root, "snapshot"),
-            qemu.Disk(
-                "payload", payload.make_payload(Path(folder) / "payload", {"command": command + "\n"}), "ro"
-            ),
+            qemu.Disk("payload", payload.make_payload(folder / "payload", {"command": command + "\n"}), "ro"),
             *given,
         ]
         if not any(disk.name == "cache" for disk in given):
-            attached.append(qemu.Disk("cache", disks.scratch(Path(folder) / "cache", 8 * disks.GIB)))
+            attached.append(qemu.Disk("cache", disks.scratch(folder / "cache", 8 * disks.GIB)))
         outcome = qemu.boot(
             qemu.Machine(kernel, attached, options.mem, options.smp, options.timeout_s, on_line=say)
         )

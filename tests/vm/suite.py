@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ sys.path.insert(0, str(HERE.parents[1] / "packaging" / "vm"))
 
 from tiervm import disks, kernels, payload, qemu  # noqa: E402  (found by the line above)
 from tiervm.apt import quoted  # noqa: E402
-from tiervm.paths import build_dir  # noqa: E402
+from tiervm.paths import temporary  # noqa: E402
 from tiervm.say import Step, say  # noqa: E402
 
 SCRATCH_BYTES = 16 * disks.GIB
@@ -100,13 +99,11 @@ def run(group: Sequence[Case]) -> Boot:
     ]
     command += ["-o", f"timeout={TEST_LIMIT_S}", *ids]
     listener = _Listener(f"kernel {kernel.release}", len(group))
-    with tempfile.TemporaryDirectory(prefix="test-", dir=build_dir()) as folder:
+    with temporary("test") as folder:
         attached = [
             qemu.Disk("root", root, "snapshot"),
-            qemu.Disk(
-                "payload", payload.make_payload(Path(folder) / "payload", {"command": _job(command)}), "ro"
-            ),
-            qemu.Disk("cache", disks.scratch(Path(folder) / "cache", SCRATCH_BYTES)),
+            qemu.Disk("payload", payload.make_payload(folder / "payload", {"command": _job(command)}), "ro"),
+            qemu.Disk("cache", disks.scratch(folder / "cache", SCRATCH_BYTES)),
         ]
         machine = qemu.Machine(kernel, attached, mem_mib=2048, timeout_s=_limit_s(len(group)))
         machine.on_note = listener.hear

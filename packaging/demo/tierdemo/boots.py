@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from tiervm import disks, payload, qemu
 from tiervm.apt import quoted
 from tiervm.kernels import Kernel
-from tiervm.paths import build_dir
-from tiervm.say import Failed, Step
+from tiervm.paths import temporary
+from tiervm.say import Failed, Step, plain
 
 BOOT_LIMIT_S = 900.0
 MEM_MIB = 2048
@@ -47,9 +46,7 @@ class _Listener:
 
     def line(self, line: str) -> None:
         """One line of the console."""
-        words = "".join(letter for letter in line if letter.isprintable()).strip()
-        if words:
-            self._step.hint = words
+        self._step.hint = plain(line) or self._step.hint
 
 
 def boot_image(
@@ -58,10 +55,10 @@ def boot_image(
     """Boots the image in a VM with this cache disk. Raises Failed with the console's end when it does not get
     there.
     """
-    with tempfile.TemporaryDirectory(prefix="demo-", dir=build_dir()) as folder, Step(title) as step:
+    with temporary("demo") as folder, Step(title) as step:
         environment = quoted([f"{name}={value}" for name, value in link.items()])
         start = f"#!/bin/sh\nexport LANG=C.UTF-8 {environment}\nexec /opt/tierblk/demo/pid1\n"
-        code = payload.make_payload(Path(folder) / "payload", {"pid1": start}, {"demo": GUEST})
+        code = payload.make_payload(folder / "payload", {"pid1": start}, {"demo": GUEST})
         attached = [
             qemu.Disk("root", root, "snapshot"),
             qemu.Disk("payload", code, "ro"),

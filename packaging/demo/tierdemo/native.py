@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tiervm.payload import venv
-from tiervm.say import Failed, Step, output
+from tiervm.say import Failed, Step, output, plain
 
 from tierdemo.boots import GUEST, Numbers
 from tierdemo.image import image_file
@@ -195,8 +195,7 @@ def _listen(process: subprocess.Popen[bytes], step: Step) -> None:
     assert process.stdout is not None
     with process.stdout:
         for raw in process.stdout:
-            words = "".join(letter for letter in raw.decode(errors="replace") if letter.isprintable()).strip()
-            step.hint = words or step.hint
+            step.hint = plain(raw.decode(errors="replace")) or step.hint
 
 
 def _wait(holds: Callable[[], bool], limit_s: float, complaint: str) -> None:

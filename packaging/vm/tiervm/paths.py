@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,25 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary(name: str) -> Iterator[Path]:
+    """A folder in the build folder for the length of the block.
+
+    Held by a lock, so that the next one can sweep up after a process that was killed.
+    """
+    for path in build_dir().glob("temp-*"):
+        with contextlib.suppress(OSError), open(path / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)
+    folder = Path(tempfile.mkdtemp(prefix=f"temp-{name}-", dir=build_dir()))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            remove(folder)
 
 
 def prune(folder: Path, kept: int) -> None:

@@ -8,7 +8,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tiervm.kernels import Kernel
-from tiervm.paths import build_dir, key_of
-from tiervm.say import Failed, Step, output, say
+from tiervm.paths import build_dir, key_of, temporary
+from tiervm.say import Step, output, say
 
 PROBE_LIMIT_S = 12.0
 # After the job's exit status has arrived, a guest that does not power off (a hung device) is ended.
@@ -131,6 +130,8 @@ class _Run:
         # panic=-1: a dead kernel reboots at once, which -no-reboot turns into QEMU's exit.
         line = f"console=ttyS0 quiet panic=-1 oops=panic {machine.arguments}"
         return [
+            # Whatever becomes of us, kill -9 included, no QEMU stays behind.
+            "setpriv", "--pdeathsig", "KILL", "--",
             "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "pc", *cpu,
             "-smp", str(machine.cpus), "-m", str(machine.mem_mib), "-display", "none", "-nic", "none",
             "-no-reboot",
@@ -144,19 +145,13 @@ class _Run:
         """Starts, listens until the end, cleans up."""
         began_s = time.monotonic()
         ours, theirs = socket.socketpair()
-        with ours, tempfile.TemporaryDirectory(prefix="tierblk-vm-", dir=build_dir()) as folder:
-            try:
+        with ours, temporary("qemu") as folder:
+            with theirs:
                 process = subprocess.Popen(
                     self._command(theirs.fileno()), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], start_new_session=True,
-                    env={**os.environ, "TMPDIR": folder},
+                    env={**os.environ, "TMPDIR": str(folder)},
                 )  # fmt: skip
-            except FileNotFoundError:
-                raise Failed(
-                    "qemu-system-x86_64 is not installed; `make vm-host` installs what is missing."
-                ) from None
-            finally:
-                theirs.close()
             try:
                 self._listen(process, ours.fileno(), began_s + self._machine.timeout_s)
             finally:

@@ -4,6 +4,8 @@ failed.
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from types import TracebackType
 TAIL_LINES = 25
 TERMINAL_PERIOD_S = 0.5
 LOG_PERIOD_S = 2.0
+ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|\].*?(?:\x07|\x1b\\)|.)")
 
 
 class Failed(Exception):
@@ -24,11 +27,21 @@ class Failed(Exception):
     """
 
 
+def end_in_order() -> None:
+    """SIGTERM ends a command as Ctrl-C does: through every clean-up."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+
+
 def say(text: str) -> None:
     """Prints one line at once (the ticker of a running step leaves whole lines alone)."""
     erase = "\r\033[K" if sys.stdout.isatty() else ""
     sys.stdout.write(f"{erase}{text}\n")
     sys.stdout.flush()
+
+
+def plain(line: str) -> str:
+    """A line of a console without its colours and cursor moves."""
+    return "".join(letter for letter in ESCAPE.sub("", line) if letter.isprintable()).strip()
 
 
 class Step:
