@@ -5,19 +5,21 @@ behind.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
+import select
 import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 POLL_S = 0.05
 PAGE_BYTES = 4096
@@ -159,6 +161,74 @@ class WebServer:
         return f"{self.url}/{image.name}"
 
 
+@dataclass
+class Answer:
+    """What a command said and how it ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class RunningCommand:
+    """`tierblk WORDS` in a process of its own.
+
+    Forked from this one, which has the modules already: a fresh interpreter takes seconds in an emulator.
+    Daemons are not forked: what the command starts is started as for any user.
+    """
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        import tierblk.cli
+        import tierblk.config
+
+        self._words = words
+        self._said_fds = [os.memfd_create(name) for name in ("stdout", "stderr")]
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(tierblk.cli.main, words, self._said_fds)
+        self._process_fd = os.pidfd_open(self.pid)
+
+    def finish(self, limit_s: float) -> Answer:
+        """Its answer. Raises AssertionError, and kills it, when it takes longer than `limit_s`."""
+        poll = select.poll()
+        poll.register(self._process_fd, select.POLLIN)
+        in_time = poll.poll(limit_s * 1000)
+        if not in_time:
+            os.kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._process_fd)
+        texts = []
+        for fd in self._said_fds:
+            with open(fd, "rb") as file:
+                file.seek(0)
+                texts.append(file.read().decode(errors="replace"))
+        if not in_time:
+            raise AssertionError(f"tierblk {' '.join(self._words)} took over {limit_s} s\n{''.join(texts)}")
+        return Answer(os.waitstatus_to_exitcode(status), *texts)
+
+
+def _become(
+    main: Callable[[tuple[str, ...]], int], words: tuple[str, ...], said_fds: Sequence[int]
+) -> NoReturn:
+    """The forked child's life."""
+    code = 70
+    try:
+        for caught in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+            signal.signal(caught, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, said_fd in enumerate(said_fds, 1):
+            os.dup2(said_fd, number)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), "utf-8") for number in (1, 2))
+        try:
+            code = main(words)
+        except SystemExit as ended:  # --help, wrong usage
+            code = ended.code if isinstance(ended.code, int) else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
 class Tierblk:
     """Runs `tierblk ...` and makes the TOML files that it is given."""
 
@@ -166,18 +236,18 @@ class Tierblk:
         self._folder = folder
         folder.mkdir(parents=True)
 
-    def run(
-        self, *words: str | Path, check: bool = True, limit_s: float = COMMAND_LIMIT_S
-    ) -> subprocess.CompletedProcess[str]:
+    def begin(self, *words: str | Path) -> RunningCommand:
+        """Starts a verb; more than one may run."""
+        return RunningCommand(tuple(map(str, words)))
+
+    def run(self, *words: str | Path, check: bool = True, limit_s: float = COMMAND_LIMIT_S) -> Answer:
         """Runs a verb. Raises AssertionError with everything it printed when it should have succeeded and
         did not.
         """
-        command = [sys.executable, "-m", "tierblk", *map(str, words)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit_s, check=False, stdin=subprocess.DEVNULL
-        )
+        done = self.begin(*words).finish(limit_s)
         if check and done.returncode != 0:
-            raise AssertionError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+            command = " ".join(map(str, words))
+            raise AssertionError(f"tierblk {command}: status {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
     def json(self, *words: str | Path) -> Any:
