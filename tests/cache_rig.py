@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +37,8 @@ from tierblk.units import MIB
 CACHE_BYTES = 16 * MIB
 SLOTS = CACHE_BYTES // BLOCK_BYTES
 TIMEOUT_S = 20.0
-make_engine = partial(Engine, staging_bytes=32 * BLOCK_BYTES)
+STAGING_BLOCKS = 32
+make_engine = partial(Engine, staging_bytes=STAGING_BLOCKS * BLOCK_BYTES)
 
 
 def image_bytes(seed: int, blocks: int) -> bytes:
@@ -54,9 +56,11 @@ class CacheRig:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.fetched: list[tuple[int, int]] = []  # (layer id, block) of every MISS, in order
-        self._images: dict[int, bytes] = {}
+        self.images: dict[int, bytes] = {}  # by layer id: where misses are filled from
         self._doors: dict[int, LocalDoor] = {}
-        self._filling: set[int] = set()  # tokens
+        self._misses: deque[Record] = deque()
+        self._places = list(range(STAGING_BLOCKS))
+        self._filling: dict[int, int] = {}  # token -> place in staging memory
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._evicted: asyncio.Future[int] | None = None
@@ -67,22 +71,26 @@ class CacheRig:
         return cls(await asyncio.to_thread(Cache.open, settings(directory, size_bytes), run_dir, make_engine))
 
     async def base(self, image: bytes, name: str = "a") -> Layer:
-        """The layer of an image, with a door to it."""
+        """The layer of an image; what it misses comes from there."""
         layer = await self.cache.base_layer(f"http://images.example/{name}.raw", len(image), f'etag:"{name}"')
-        self._images[layer.layer_id] = image
+        self.images[layer.layer_id] = image
+        return layer
+
+    def door(self, layer: Layer) -> LocalDoor:
+        """The door to a layer, opened at first use."""
         if layer.layer_id not in self._doors:
             self._doors[layer.layer_id] = LocalDoor(self.cache.engine, layer)
-        return layer
+        return self._doors[layer.layer_id]
 
     async def read(self, layer: Layer, block: int, count: int = 1) -> bytes:
         """Blocks, through the door."""
         at, length = block * BLOCK_BYTES, count * BLOCK_BYTES
-        reading = asyncio.to_thread(self._doors[layer.layer_id].read, at, length)
+        reading = asyncio.to_thread(self.door(layer).read, at, length)
         return await asyncio.wait_for(reading, TIMEOUT_S)
 
     async def fill(self, layer: Layer, *blocks: int) -> None:
         """Reads these blocks and checks what came; they are cached when it returns."""
-        image = self._images[layer.layer_id]
+        image = self.images[layer.layer_id]
         for block in blocks:
             assert await self.read(layer, block) == image[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
         await self.settle()
@@ -98,27 +106,29 @@ class CacheRig:
         return await asyncio.wait_for(self._evicted, TIMEOUT_S)
 
     def _on_events(self) -> None:
-        fills = []
         for event in self.cache.engine.poll():
             if event.kind == MISS:
-                fills.append(self._answer(event))
-                self._filling.add(event.token)
+                self.fetched.append((event.layer, event.block))
+                self._misses.append(event)
             elif event.kind == FILLED:
-                self._filling.discard(event.token)
+                self._places.append(self._filling.pop(event.token))
             elif event.kind == EVICTED and self._evicted is not None:
                 self._evicted.set_result(event.value)
+        fills = []
+        while self._misses and self._places:
+            fills.append(self._answer(self._misses.popleft(), self._places.pop()))
         self.cache.engine.push(fills)
         if self._filling:
             self._quiet.clear()
         else:
             self._quiet.set()
 
-    def _answer(self, event: Record) -> Record:
-        """FILL with the whole block. Reads come one after another, so a few places of staging are enough."""
-        self.fetched.append((event.layer, event.block))
-        image = self._images[event.layer]
+    def _answer(self, event: Record, place: int) -> Record:
+        """FILL with the whole block. Its place in staging memory is used again after FILLED only (R5)."""
+        self._filling[event.token] = place
+        image = self.images[event.layer]
         extent = block_extent(event.block, len(image))
-        at = len(self.fetched) % 32 * BLOCK_BYTES
+        at = place * BLOCK_BYTES
         self.cache.engine.staging[at : at + extent.length] = image[extent.offset : extent.end]
         pages = -(-extent.length // PAGE_BYTES)
         return Record(FILL, event.layer, event.token, event.block, at, 1, (1 << pages) - 1)
@@ -159,7 +169,8 @@ def layer_rows(cache: Cache) -> list[LayerRows]:
 
 
 def read_superblock(directory: Path) -> Superblock:
-    raw = (directory / "slots").open("rb").read(COPIES * COPY_BYTES)
+    with (directory / "slots").open("rb") as slots:
+        raw = slots.read(COPIES * COPY_BYTES)
     return choose([raw[at : at + COPY_BYTES] for at in range(0, len(raw), COPY_BYTES)], "slots")[0]
 
 
