@@ -30,7 +30,7 @@ def main() -> int:
     try:
         host.require_supported()
         link = link_settings()
-        if os.environ.get("DEMO_IN") != "vm" and native.has_ublk():
+        if os.environ.get("DEMO_IN") != "vm" and native.can_run():
             cold, warm = here(link)
         else:
             cold, warm = in_vm(link)
@@ -58,7 +58,7 @@ def here(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
 
 def in_vm(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
     """Both boots in a VM with Debian's newest kernel."""
-    say("== this machine's kernel has no ublk: a VM; what it needs is made once and kept")
+    say("== a VM, since this machine has no ublk and systemd of its own; what it needs is made once")
     host.install(host.VM_PACKAGES)
     kernel = kernels.kernel("new")
     root = disks.test_root()

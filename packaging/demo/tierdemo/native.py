@@ -58,8 +58,10 @@ http {{
 """
 
 
-def has_ublk() -> bool:
-    """Whether this machine's kernel has the driver (loads its module where it can)."""
+def can_run() -> bool:
+    """Whether this machine has the driver (loads its module where it can), and systemd for containers."""
+    if not Path("/run/systemd/system").exists():
+        return False
     if not CONTROL.exists():
         subprocess.run(["modprobe", "-q", "ublk_drv"], capture_output=True, check=False)
     return CONTROL.exists()
@@ -121,9 +123,8 @@ def boot_image(folder: Path, title: str) -> Numbers:
         leaving.callback(_tierblk, folder, "detach", "debian")
         root = _overlay(leaving, folder, Path(f"{path}p1"))
         step.hint = f"attached as {path}, Debian starts"
-        leaving.enter_context(_container(root, step))
-        reached = root / REACHED
-        _wait(reached.exists, BOOT_LIMIT_S, "multi-user.target was not reached")
+        container = leaving.enter_context(_container(root, step))
+        _wait(lambda: _has_booted(root, container, step), BOOT_LIMIT_S, "multi-user.target was not reached")
         boot_s = time.monotonic() - attached_s
         status = json.loads(_tierblk(folder, "status", "debian", "--json"))
         step.hint = "multi-user reached, Debian shuts down"
@@ -161,15 +162,13 @@ def _overlay(leaving: contextlib.ExitStack, folder: Path, partition: Path) -> Pa
 
 
 @contextlib.contextmanager
-def _container(root: Path, step: Step) -> Iterator[None]:
+def _container(root: Path, step: Step) -> Iterator[subprocess.Popen[bytes]]:
     """The image's systemd, running; shut down in order on the way out."""
     command = [
         "systemd-nspawn", "--quiet", "--boot", f"--directory={root}", "--machine=tierblk-demo",
         "--register=no", "--private-network", "--link-journal=no", "--resolv-conf=off", "--timezone=off",
         "--console=read-only",
     ]  # fmt: skip
-    if not Path("/run/systemd/system").exists():
-        command.append("--keep-unit")
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -180,7 +179,7 @@ def _container(root: Path, step: Step) -> Iterator[None]:
     listener = threading.Thread(target=_listen, args=(process, step), daemon=True)
     listener.start()
     try:
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -189,6 +188,12 @@ def _container(root: Path, step: Step) -> Iterator[None]:
             process.kill()
             process.wait()
         listener.join()
+
+
+def _has_booted(root: Path, container: subprocess.Popen[bytes], step: Step) -> bool:
+    if container.poll() is not None:
+        raise Failed(f"systemd-nspawn ended with status {container.returncode}: {step.hint}")
+    return (root / REACHED).exists()
 
 
 def _listen(process: subprocess.Popen[bytes], step: Step) -> None:

@@ -63,7 +63,7 @@ def bootstrap(step: Step, suite: str, packages: list[str], folder: Path, extra: 
         f"--include={','.join(packages)}",
         "--dpkgopt=force-unsafe-io", *options, *extra, suite, str(folder), origin().line(suite),
     ]  # fmt: skip
-    step.run(["nice", *command], env={**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"})
+    step.run(command, env={**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"})
 
 
 def test_root() -> Path:
