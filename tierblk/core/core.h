@@ -104,6 +104,7 @@ struct tb_queue {
     tb_req *inbox;    /* stack: requests that the filler hands back */
     uint32_t armed;   /* 1: asleep, or about to be: a producer must write to wake_fd */
     uint32_t draining, quitting, done;
+    uint32_t visitors; /* threads inside tb_queue_hand_back: the memory stays until they are out */
     uint16_t depth;
     int wake_fd, end_fd, failure;
     uint64_t wake_value;

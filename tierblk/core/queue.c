@@ -7,15 +7,18 @@
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 
-/* Any thread: gives a parked request back to its owner, who completes it or looks again. */
+/* Any thread: gives a parked request back to its owner, who completes it or looks again. Once it is in the inbox its
+ * owner may end it and leave, and the door be closed, before the wake-up below: tb_door_close waits for visitors. */
 void tb_queue_hand_back(tb_req *req)
 {
     tb_queue *queue = req->queue;
+    TB_ADD(&queue->visitors, 1); /* seen by whoever sees the request in the inbox */
     tb_req *head = TB_LOAD(&queue->inbox);
     do
         req->next = head;
     while (!__atomic_compare_exchange_n(&queue->inbox, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
     tb_queue_wake(queue);
+    __atomic_fetch_sub(&queue->visitors, 1, __ATOMIC_RELEASE);
 }
 
 void tb_queue_wake(tb_queue *queue)
@@ -273,6 +276,8 @@ int tb_door_close(tb_queue *queue)
 {
     if (queue->started) {
         pthread_join(queue->thread, NULL);
+        while (__atomic_load_n(&queue->visitors, __ATOMIC_ACQUIRE))
+            sched_yield(); /* a system call away from leaving */
         queue->engine->tags -= queue->depth;
         TB_ADD(&queue->base->doors, -1u);
     }
