@@ -10,10 +10,12 @@ void tb_filler_wake(tb_engine *e)
     tb_ring_kick(&e->commands);
 }
 
+/* The state first: a free fill may become another block's while we look, and only its state says when its token is set.
+ * The other way round an old token could match, and the state be the new fill's (R5). */
 static tb_fill *by_token(tb_engine *e, uint32_t token)
 {
     tb_fill *fill = &e->fills[token % TB_MAX_FILLS];
-    return fill->token == token && fill->state == FILL_ASKED ? fill : NULL;
+    return __atomic_load_n(&fill->state, __ATOMIC_ACQUIRE) == FILL_ASKED && fill->token == token ? fill : NULL;
 }
 
 static void on_fill(tb_engine *e, const tb_record *command)
