@@ -118,6 +118,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     tb_layer *layer = fill->layer;
     tb_entry *entry = &layer->entries[fill->block];
     tb_lock *stripe = tb_stripe(layer, fill->block);
+    int waiters_result = result < 0 && !fill->staged ? result : 0; /* now: below, the fill is lent to the next block */
     if (cached && fill->new_slot)
         tb_slot_own(e, fill->slot, layer, fill->block);
     tb_lock_take(stripe);
@@ -147,7 +148,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     fill->next = e->fill_free;
     e->fill_free = fill;
     tb_lock_give(&e->fill_lock);
-    tb_hand_back_all(list, result < 0 && !fill->staged ? result : 0);
+    tb_hand_back_all(list, waiters_result);
 }
 
 void tb_fill_written(tb_engine *e, tb_fill *fill)
@@ -188,7 +189,7 @@ static void want_space(tb_engine *e)
 static void write_slot(tb_engine *e, tb_fill *fill)
 {
     uint16_t mask = fill->writing;
-    fill->state = FILL_WRITING;
+    __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* stats look at it from outside */
     while (mask) {
         uint32_t first = (uint32_t)__builtin_ctz(mask);
         uint32_t pages = (uint32_t)__builtin_ctz(~((uint32_t)mask >> first));
