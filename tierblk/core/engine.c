@@ -67,7 +67,7 @@ int tb_engine_start(tb_engine *e)
 /* Stops the filler after the writes in flight and frees all. -EBUSY while a door is open. */
 int tb_engine_free(tb_engine *e)
 {
-    if (e->tags)
+    if (__atomic_load_n(&e->tags, __ATOMIC_ACQUIRE))
         return -EBUSY;
     if (e->filler_running) {
         __atomic_store_n(&e->filler_quit, 1, __ATOMIC_SEQ_CST);

@@ -161,21 +161,31 @@ static void *queue_main(void *argument)
     return NULL;
 }
 
+/* Doors are opened and closed in several worker threads at once. */
+static bool take_tags(tb_engine *engine, uint16_t depth)
+{
+    if (__atomic_add_fetch(&engine->tags, depth, __ATOMIC_RELAXED) <= TB_MAX_TAGS)
+        return true;
+    TB_ADD(&engine->tags, -(uint32_t)depth);
+    return false;
+}
+
+/* On failure `door` is still the caller's; with success it belongs to the queue, whose `release` frees it. */
 int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_door_ops *ops, void *door, tb_queue **out)
 {
     if (depth == 0)
         return -EINVAL;
-    if (engine->tags + depth > TB_MAX_TAGS) /* more requests could miss than there are fills and ring records for */
+    if (!take_tags(engine, depth)) /* more requests could miss than there are fills and ring records for */
         return -EMFILE;
     tb_queue *queue = calloc(1, sizeof *queue);
-    if (!queue)
+    if (!queue) {
+        TB_ADD(&engine->tags, -(uint32_t)depth);
         return -ENOMEM;
+    }
     queue->engine = engine;
     queue->base = base;
     queue->depth = depth;
-    queue->ops = ops;
-    queue->door = door;
-    queue->id = engine->next_door++;
+    queue->id = TB_ADD(&engine->next_door, 1);
     queue->armed = 0;
     queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     queue->end_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -195,6 +205,8 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_doo
         queue->reqs[tag].tag = tag;
         queue->reqs[tag].buffer = queue->buffers + (size_t)tag * TB_BLOCK_BYTES;
     }
+    queue->ops = ops;
+    queue->door = door;
     *out = queue;
     return 0;
 }
@@ -218,14 +230,15 @@ int tb_queue_start(tb_queue *queue)
         tb_queue_free(queue);
         return rc;
     }
-    queue->engine->tags += queue->depth;
     TB_ADD(&queue->base->doors, 1);
     return 0;
 }
 
 void tb_queue_free(tb_queue *queue)
 {
-    if (queue->ops->release)
+    tb_engine *engine = queue->engine;
+    uint32_t tags = queue->depth;
+    if (queue->ops && queue->ops->release)
         queue->ops->release(queue);
     if (queue->buffers && queue->buffers != MAP_FAILED)
         munmap(queue->buffers, (size_t)queue->depth * TB_BLOCK_BYTES);
@@ -237,6 +250,7 @@ void tb_queue_free(tb_queue *queue)
     pthread_mutex_destroy(&queue->ready_lock);
     pthread_cond_destroy(&queue->ready_cond);
     free(queue);
+    __atomic_fetch_sub(&engine->tags, tags, __ATOMIC_RELEASE); /* last: with no tag lent the engine may be freed */
 }
 
 /* Readable once the thread has ended. */
@@ -278,7 +292,6 @@ int tb_door_close(tb_queue *queue)
         pthread_join(queue->thread, NULL);
         while (__atomic_load_n(&queue->visitors, __ATOMIC_ACQUIRE))
             sched_yield(); /* a system call away from leaving */
-        queue->engine->tags -= queue->depth;
         TB_ADD(&queue->base->doors, -1u);
     }
     tb_queue_free(queue);
