@@ -23,6 +23,8 @@ int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, tb
 {
     if (id == 0 || id >= TB_MAX_LAYERS || e->layers[id] || size_bytes == 0)
         return -EINVAL;
+    if (size_bytes > INT64_MAX) /* I12: a size that a server made up must not wrap the sums below */
+        return -EFBIG;
     tb_layer *layer = calloc(1, sizeof *layer);
     if (!layer)
         return -ENOMEM;
