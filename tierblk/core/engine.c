@@ -133,7 +133,9 @@ int tb_engine_push(tb_engine *e, const tb_record *in, int count)
 
 void tb_engine_stats(tb_engine *e, tb_cache_stats *out)
 {
-    *out = e->stats;
+    uint64_t *from = (uint64_t *)&e->stats, *to = (uint64_t *)out;
+    for (size_t i = 0; i < sizeof *out / sizeof *to; i++)
+        to[i] = TB_LOAD(&from[i]);
     out->slots = e->slot_count - 1;
     out->free = TB_LOAD(&e->free_count);
     out->quarantined = TB_LOAD(&e->quarantined);

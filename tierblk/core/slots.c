@@ -210,8 +210,7 @@ void tb_evict_turn(tb_engine *e)
     }
     if (e->evict_wanted)
         return;
-    tb_record event = {.kind = TB_EV_EVICTED, .value = e->evict_done};
-    tb_ring_push(&e->events, &event, 1);
+    tb_say(e, (tb_record){.kind = TB_EV_EVICTED, .value = e->evict_done}); /* not said, Python would never ask again */
     TB_COUNT(&e->stats.evicted, e->evict_done);
     e->evict_done = e->evict_steps = 0;
     __atomic_store_n(&e->need_space_told, 0, __ATOMIC_RELAXED);
