@@ -1,0 +1,137 @@
+"""Benchmarks of tierblk, beside its peers.
+
+    python3 -m bench               measures, prints the tables, keeps everything in build/bench/DATE.json
+    python3 -m bench show FILE     prints the tables of a kept result
+    python3 -m bench compare A B   says which ratios changed beyond noise from A to B
+
+docs/benchmarks.md says what is measured, where, and what the figures are good for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench import report
+from bench.fio import BenchError
+from bench.process import Progress
+from bench.results import Result, compare, load_summary
+
+REPO = Path(__file__).resolve().parents[1]
+QUICK_VARIABLE = "TIERBLK_BENCH_QUICK"
+INTERRUPTED = 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb")
+    for name in ("inside", "native"):  # what `run` starts, on the kernel that it found and here
+        part = verbs.add_parser(name)
+        part.add_argument("--result", type=Path, required=True)
+        part.add_argument("--quick", action="store_true")
+        part.add_argument("--progress", type=Path)
+        part.add_argument("--disk")
+    verbs.add_parser("show").add_argument("file", type=Path)
+    comparing = verbs.add_parser("compare")
+    comparing.add_argument("before", type=Path)
+    comparing.add_argument("after", type=Path)
+    return parser
+
+
+def _load(path: Path) -> Result:
+    try:
+        return Result.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{path}: {error}") from None
+
+
+def _commit() -> str:
+    """What is measured: the commit, with a plus when files differ from it."""
+    words = ["git", "-C", str(REPO), "describe", "--always", "--dirty=+", "--abbrev=9"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _empty(plan_settings: dict[str, object]) -> Result:
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    return Result(date=now, commit=_commit(), kernel={}, settings=dict(plan_settings))
+
+
+def _write(result: Result, path: Path) -> None:
+    """To a file, or onto a disk of a VM, which keeps its length."""
+    with open(path, "wb") as file:
+        file.write(result.to_json().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _part(options: argparse.Namespace) -> None:
+    from bench import inside, native
+
+    plan = inside.Plan.quick() if options.quick else inside.Plan()
+    result = _empty(vars(plan))
+    progress = Progress(options.progress)
+    if options.verb == "inside":
+        inside.measure(plan, result, options.disk, progress)
+    else:
+        native.measure(plan, result, options.result.resolve().parent, progress)
+    _write(result, options.result)
+
+
+def _run() -> None:
+    from bench import where
+
+    quick = os.environ.get(QUICK_VARIABLE, "") not in ("", "0")
+    kernel = where.choose()
+    sys.stderr.write(f"== benchmarks on {kernel.words}\n")
+    where.install()
+    build_dir = REPO / "build" / "bench"
+    build_dir.mkdir(parents=True, exist_ok=True)
+    loads = where.Loads()
+    part = build_dir / f"part-{os.getpid()}.json"
+    try:
+        native = where.native(part, quick=quick, loads=loads)
+        part.unlink()
+        result = where.under(kernel, part, quick=quick, loads=loads)
+    finally:
+        part.unlink(missing_ok=True)
+    result.samples += native.samples
+    result.commit = native.commit
+    result.kernel |= {"how": kernel.how, "where": kernel.words}
+    result.settings["quick"] = quick
+    result.host_load = load_summary(loads.taken)
+    kept = build_dir / f"{result.date}.json"
+    _write(result, kept)
+    sys.stdout.write(report.table(result))
+    sys.stderr.write(f"kept as {kept.relative_to(REPO)}\n")
+
+
+def main() -> int:
+    """The command line; a failure is one sentence on stderr."""
+    options = _parser().parse_args()
+    try:
+        if options.verb in ("inside", "native"):
+            _part(options)
+        elif options.verb == "show":
+            sys.stdout.write(report.table(_load(options.file)))
+        elif options.verb == "compare":
+            sys.stdout.write(report.changes(compare(_load(options.before), _load(options.after))))
+        else:
+            _run()
+    except BenchError as failure:
+        sys.stderr.write(f"bench: {failure}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("bench: interrupted\n")
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

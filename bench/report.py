@@ -1,0 +1,113 @@
+"""The tables that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.results import PEERS, Change, Ratio, Result
+
+TITLES = {
+    "hit": "hits, random reads (IOPS, higher is better)",
+    "latency": "latency of a hit at depth 1 (us, mean; lower is better)",
+    "p99": "latency of a hit at depth 1 (us, 99 % are faster; lower is better)",
+    "miss": "misses, cold sequential read in 1 MiB pieces (MB/s, higher is better)",
+    "cpu": "CPU of a miss (CPU-seconds of the server or of curl per GB; lower is better)",
+    "cpu-hit": "CPU of a hit (us of the server a request; lower is better)",
+}
+Row = list[str]
+
+
+def number(value: float) -> str:
+    """Three figures that matter: 0.412, 5.27, 48.1, 71,300."""
+    if value >= 1000:
+        return f"{round(value, -2):,.0f}"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+    spread = f" ({ratio.low:.2f}-{ratio.high:.2f})" if ratio.rounds > 1 else ""
+    return f"{ratio.value:.2f}{spread}"
+
+
+def columns(rows: Sequence[Row]) -> str:
+    """Rows of cells under each other: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _name(series: tuple[str, str, int, int]) -> str:
+    _, medium, size_bytes, depth = series
+    size = f"{size_bytes // 1024} KiB" if size_bytes < 1 << 20 else f"{size_bytes >> 20} MiB"
+    return f"{medium} {size} x{depth}"
+
+
+def _median(result: Result, series: tuple[str, str, int, int], target: str) -> str:
+    values = sorted(result.values(series, target).values())
+    if not values:
+        return ""
+    middle = len(values) // 2
+    return number(values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2)
+
+
+def _section(result: Result, section: str) -> str:
+    all_series = [series for series in result.series() if series[0] == section]
+    targets = list(dict.fromkeys(t for series in all_series for t in result.targets(series)))
+    peers = [target for target in targets if target in PEERS]
+    rows = [["", *targets, *(f"to {peer}" for peer in peers)]]
+    for series in all_series:
+        figures = [_median(result, series, target) for target in targets]
+        rows.append([_name(series), *figures, *(_ratio(result.ratio(series, peer)) for peer in peers)])
+    return f"{TITLES.get(section, section)}\n{columns(rows)}"
+
+
+def _facts(result: Result) -> str:
+    lines = []
+    for name, facts in result.facts.items():
+        lines.append(f"  {name}: " + ", ".join(f"{key} {value:,.6g}" for key, value in facts.items()))
+    return "\n".join(["counts", *lines])
+
+
+def table(result: Result) -> str:
+    """The whole report."""
+    kernel, load = result.kernel, result.host_load
+    head = f"tierblk {result.commit}, {result.date}: Linux {kernel.get('release')}, {kernel.get('where')}, "
+    head += f"{kernel.get('cpus')} CPUs, plane {kernel.get('plane')}"
+    if load:
+        head += f"\nload of the machine meanwhile: {load['min']:.1f} to {load['max']:.1f},"
+        head += f" median {load['median']:.1f}"
+    rounds = result.settings.get("rounds")
+    head += f"\nmedian of {rounds} rounds; a ratio, of tierblk to a peer, is made within each"
+    head += " round; in brackets the middle half of the rounds"
+    sections = [_section(result, name) for name in dict.fromkeys(s.section for s in result.samples)]
+    return "\n\n".join([head, *sections, *([_facts(result)] if result.facts else [])]) + "\n"
+
+
+def changes(found: Sequence[Change]) -> str:
+    """A comparison of two results: what changed beyond noise first, then the rest."""
+    if not found:
+        return "the two results have no figure in common\n"
+    ordered = sorted(found, key=lambda change: change.verdict in ("same", "unknown"))
+    rows = [["ratio of tierblk", "to", "before", "after", "change", ""]]
+    for change in ordered:
+        rows.append(
+            [
+                f"{change.series[0]} {_name(change.series)}",
+                change.peer,
+                _ratio(change.before),
+                _ratio(change.after),
+                f"{change.relative:+.0%}",
+                {"same": "within noise", "unknown": "too few rounds to tell"}.get(
+                    change.verdict, change.verdict
+                ),
+            ]
+        )
+    return columns(rows) + "\n"

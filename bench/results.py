@@ -1,0 +1,157 @@
+"""What was measured, and what may be said of it. Pure: no files, no clock, no devices.
+
+A sample is one short run of one target. The targets of a series run one after the other in every round, so
+what disturbs the machine for longer than a round disturbs them alike; a ratio is therefore made inside each
+round, and its median over the rounds is the figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+FORMAT = 1
+SUBJECT = "tierblk"
+PEERS = ("null", "loop", "nbdkit", "curl")
+"""What ratios are made to. Other targets stand beside them for orientation."""
+CHANGE_MIN = 0.03
+"""A smaller change of a figure is never called one: two runs of one binary differ by as much."""
+ROUNDS_MIN = 3
+"""With fewer rounds in either result nothing can be said about noise."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`section`: hit (IOPS), latency (us), p99 (us), miss (MB/s), cpu (CPU-seconds per GB of the server),
+    cpu-hit (CPU us a request). `medium`: where the cache is, or native. `size_bytes` of a request;
+    `round` from 0."""
+
+    section: str
+    medium: str
+    target: str
+    size_bytes: int
+    depth: int
+    round: int
+    value: float
+
+    @property
+    def series(self) -> tuple[str, str, int, int]:
+        return self.section, self.medium, self.size_bytes, self.depth
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quartiles of a ratio over the rounds."""
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass
+class Result:
+    """One run of the benchmark; what is kept as JSON. `facts`: counts that are no timings, by series and
+    name."""
+
+    date: str
+    commit: str
+    kernel: dict[str, Any]
+    settings: dict[str, Any]
+    samples: list[Sample] = field(default_factory=list)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    host_load: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """ValueError when it is not a result of this format."""
+        document = json.loads(text)
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+            raise ValueError(f"this is no benchmark result of format {FORMAT}")
+        try:
+            document["samples"] = [Sample(**sample) for sample in document["samples"]]
+            return cls(**document)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this benchmark result lacks something: {error}") from None
+
+    def series(self) -> list[tuple[str, str, int, int]]:
+        """Every series, in the order of measuring."""
+        return list(dict.fromkeys(sample.series for sample in self.samples))
+
+    def values(self, series: tuple[str, str, int, int], target: str) -> dict[int, float]:
+        """By round."""
+        return {s.round: s.value for s in self.samples if s.series == series and s.target == target}
+
+    def targets(self, series: tuple[str, str, int, int]) -> list[str]:
+        return list(dict.fromkeys(s.target for s in self.samples if s.series == series))
+
+    def ratio(self, series: tuple[str, str, int, int], peer: str) -> Ratio | None:
+        """The subject's value over the peer's; None when no round has both."""
+        return ratio(self.values(series, SUBJECT), self.values(series, peer))
+
+
+def ratio(ours: dict[int, float], theirs: dict[int, float]) -> Ratio | None:
+    """Of the rounds that both have, by round; None when there is none, or only zeros to divide by."""
+    each = sorted(ours[i] / theirs[i] for i in ours.keys() & theirs.keys() if theirs[i] > 0)
+    if not each:
+        return None
+    return Ratio(median(each), quantile(each, 0.25), quantile(each, 0.75), len(each))
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear between the neighbours; `ordered` ascending and not empty, 0 <= share <= 1."""
+    place = (len(ordered) - 1) * share
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A ratio in two results. `verdict`: same, up, down, or unknown (too few rounds)."""
+
+    series: tuple[str, str, int, int]
+    peer: str
+    before: Ratio
+    after: Ratio
+    verdict: str
+
+    @property
+    def relative(self) -> float:
+        return self.after.value / self.before.value - 1
+
+
+def verdict(before: Ratio, after: Ratio) -> str:
+    """A change is one when it is at least CHANGE_MIN and the middle halves of the rounds do not overlap."""
+    if min(before.rounds, after.rounds) < ROUNDS_MIN:
+        return "unknown"
+    if abs(after.value / before.value - 1) < CHANGE_MIN:
+        return "same"
+    if after.low > before.high:
+        return "up"
+    return "down" if after.high < before.low else "same"
+
+
+def compare(before: Result, after: Result) -> list[Change]:
+    """Every ratio that both results have. Ratios, not absolute figures: those change with the
+    machine's mood."""
+    changes = []
+    for series in before.series():
+        for peer in before.targets(series):
+            old, new = before.ratio(series, peer), after.ratio(series, peer)
+            if peer in PEERS and old is not None and new is not None and old.value > 0:
+                changes.append(Change(series, peer, old, new, verdict(old, new)))
+    return changes
+
+
+def load_summary(loads: Iterable[float]) -> dict[str, float]:
+    """Load averages of the machine while it measured; empty when none was taken."""
+    ordered = sorted(loads)
+    if not ordered:
+        return {}
+    return {"min": ordered[0], "median": median(ordered), "max": ordered[-1]}

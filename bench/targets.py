@@ -1,0 +1,188 @@
+"""What is measured side by side: a device under test each, as a context manager that takes it away again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.fio import BenchError
+from bench.process import output, running, wait_until
+
+MIB = 1 << 20
+READ_BYTES = 1 * MIB
+
+NGINX_CONF = """\
+daemon off;
+user root;
+worker_processes 1;
+pid {home}/nginx.pid;
+error_log {home}/nginx.log;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {home}/tmp; proxy_temp_path {home}/tmp; fastcgi_temp_path {home}/tmp;
+    uwsgi_temp_path {home}/tmp; scgi_temp_path {home}/tmp;
+    sendfile on;
+    keepalive_requests 1000000;
+    server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A block device that reads can be sent to, and the process that serves it, if one does."""
+
+    name: str
+    path: str
+    pid: int | None = None
+
+
+def make_image(path: Path, size_bytes: int) -> None:
+    """Bytes that do not compress and hold no zero page, the same ones every time."""
+    source = random.Random(size_bytes)
+    with open(path, "wb") as file:
+        for _ in range(size_bytes // MIB):
+            file.write(source.randbytes(MIB))
+
+
+def read_all(path: str) -> str:
+    """Reads a device from end to end past the page cache; the SHA-256 of its bytes."""
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        with mmap.mmap(-1, READ_BYTES) as buffer:
+            offset = 0
+            while count := os.preadv(fd, [buffer], offset):
+                digest.update(memoryview(buffer)[:count])
+                offset += count
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def nginx(home: Path, root: Path) -> Iterator[str]:
+    """The address under which the files of `root` are served on loopback."""
+    port = _free_port()
+    home.mkdir(parents=True, exist_ok=True)
+    conf = home / "nginx.conf"
+    conf.write_text(NGINX_CONF.format(home=home, root=root, port=port))
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    with running(["nginx", "-p", home, "-c", conf, "-e", home / "nginx.log"], home / "nginx.out") as process:
+        wait_until(lambda: process.poll() is not None or answers(), "nginx listens")
+        if process.poll() is not None:
+            raise BenchError(f"nginx ended: {(home / 'nginx.out').read_text()[-500:]}")
+        yield f"http://127.0.0.1:{port}"
+
+
+class Tierblk:
+    """A device of a daemon of its own, driven by the command line as a user would."""
+
+    def __init__(self, home: Path, cache_dir: Path, url: str, cache_mib: int) -> None:
+        self.home = home
+        self.cache_dir = cache_dir
+        self.slots = cache_dir / "slots"
+        self._config = home / "tierblk.toml"
+        home.mkdir(parents=True, exist_ok=True)
+        self._config.write_text(
+            f'[device]\nname = "bench"\n[base]\nurl = "{url}"\n'
+            f'[cache]\ndir = "{cache_dir}"\nsize = "{cache_mib}MiB"\n'
+        )
+
+    def _tierblk(self, *words: str) -> str:
+        return output([sys.executable, "-m", "tierblk", *words])
+
+    def attach(self) -> Target:
+        """Raises BenchError."""
+        path = self._tierblk("attach", str(self._config)).strip()
+        status = self.status()
+        return Target("tierblk", path, int(status["daemon"]["pid"]))
+
+    def status(self) -> dict[str, Any]:
+        """The device as `tierblk status --json` shows it, with its daemon under `daemon`."""
+        words = ("status", "--json", "--cache-dir", str(self.cache_dir))
+        document = json.loads(self._tierblk(*words))
+        return {**document["devices"][0], "daemon": document["daemons"][0]}
+
+    def wait_cached(self, size_bytes: int) -> None:
+        """Until that much is in the cache and nothing is on its way there."""
+
+        def cached() -> bool:
+            status = self.status()
+            return int(status["cached_bytes"]) >= size_bytes and int(status["daemon"]["fills"]) == 0
+
+        wait_until(cached, "everything is in the cache", 60)
+
+    def stop(self) -> None:
+        self._tierblk("stop", "--cache-dir", str(self.cache_dir))
+
+
+@contextmanager
+def attached(tierblk: Tierblk) -> Iterator[Target]:
+    """The device, for the length of the block."""
+    target = tierblk.attach()
+    try:
+        yield target
+    finally:
+        tierblk.stop()
+
+
+@contextmanager
+def loop(file: Path) -> Iterator[Target]:
+    """The kernel's loop driver with direct I/O. Raises BenchError when the file's filesystem does not do
+    it."""
+    path = output(["losetup", "--find", "--show", "--read-only", "--direct-io=on", file]).strip()
+    try:
+        if Path(f"/sys/block/{Path(path).name}/loop/dio").read_text().strip() != "1":
+            raise BenchError(f"loop does no direct I/O on {file}, so it is no peer")
+        yield Target("loop", path)
+    finally:
+        output(["losetup", "--detach", path])
+
+
+@contextmanager
+def nbdkit(home: Path, file: Path) -> Iterator[Target]:
+    """nbdkit's file plugin behind a Unix socket, and the kernel's nbd client."""
+    address = home / "nbdkit.sock"
+    free = [node for node in Path("/sys/block").glob("nbd*") if not (node / "pid").exists()]
+    if not free:
+        raise BenchError("there is no free /dev/nbdN; modprobe nbd")
+    path = f"/dev/{min(free, key=lambda node: int(node.name[3:])).name}"
+    with running(["nbdkit", "-f", "-r", "-U", address, "file", file], home / "nbdkit.out") as process:
+        wait_until(address.exists, "nbdkit listens")
+        output(["nbd-client", "-unix", address, path, "-b", "512"])
+        try:
+            yield Target("nbdkit", path, process.pid)
+        finally:
+            output(["nbd-client", "-d", path])
+
+
+def null_blk() -> Target | None:
+    """The kernel's own device that does nothing, where there is one: what the block layer and fio cost."""
+    if not Path("/dev/nullb0").exists():
+        try:
+            output(["modprobe", "null_blk", "nr_devices=1"])
+        except BenchError:
+            return None
+    return Target("null_blk", "/dev/nullb0") if Path("/dev/nullb0").exists() else None
