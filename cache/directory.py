@@ -197,6 +197,7 @@ def _create(path: Path, slot_count: int, make_index: MakeIndex, undo: ExitStack)
         create_preallocated(path / SUMS, sums_bytes)
         undo.callback(_remove_index, path / INDEX)
         make_index(path / INDEX, superblock.uuid, slot_count)
+        sync_directory(path / INDEX)
         for sequence in range(COPIES):
             _write_copy(slots_fd, superblocks.renumbered(superblock, sequence))
         os.fsync(slots_fd)

@@ -191,7 +191,7 @@ async def test_r7_a_failed_sync_is_the_last_one(rig: CacheRig, tmp_path: Path, w
             await rig.cache.commit()
     assert rig.cache.committer.refusal is not None
     assert committed_blocks(tmp_path) == kept
-    assert rig.cache.changed(), "its rows were put back"
+    assert layer.changed(), "its rows were put back"
     assert rig.cache.stats() == before, "and no slot was released"
     await rig.fill(layer, *range(5), 100)  # reads go on
     assert rig.violations() == []
@@ -213,7 +213,8 @@ async def test_r7_after_a_failed_sync_the_session_cannot_end_clean(tmp_path: Pat
 async def test_r7_a_full_disk_is_only_a_delay(
     rig: CacheRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await rig.fill(await rig.base(IMAGE), *range(5))
+    layer = await rig.base(IMAGE)
+    await rig.fill(layer, *range(5))
     await rig.evict(2)
 
     def full(rows: int) -> None:
@@ -225,7 +226,7 @@ async def test_r7_a_full_disk_is_only_a_delay(
             with pytest.raises(CacheError, match="disk is full"):
                 await rig.cache.commit()
     assert rig.cache.committer.refusal is None
-    assert rig.cache.changed()
+    assert layer.changed()
     assert rig.cache.stats()["quarantined"] == 2
     assert (await rig.cache.commit()).rows_written == 1
     assert rig.cache.stats()["quarantined"] == 0

@@ -297,6 +297,10 @@ async def test_r8_an_index_from_a_backup_is_not_trusted(
         await rig.fill(await rig.base(other, "b"), *range(150))
     shutil.rmtree(directory / "index")
     shutil.copytree(tmp_path / "backup", directory / "index")
+    copy_cache(directory, tmp_path / "copy")
+    async with session(tmp_path / "copy", run_dir / "elsewhere", clean=False):
+        pass
+    assert index_rows(tmp_path / "copy") == []  # dropped for good, not only ignored
     caplog.clear()
     async with session(directory, run_dir) as rig:
         assert rig.cache.start_mode is StartMode.DISCARDED

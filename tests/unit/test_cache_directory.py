@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from errno import ENOSPC
+from errno import EIO, ENOSPC
 from pathlib import Path
 from uuid import UUID
 
@@ -84,6 +84,54 @@ def test_it_is_opened_again_as_it_was(made: Path) -> None:
         directory.write_superblock(replace(first, sequence=first.sequence + 1, session=5))
     with opened(made) as directory:
         assert directory.superblock == replace(first, sequence=first.sequence + 1, session=5)
+
+
+def test_r8_a_superblock_is_durable_when_it_is_written(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(made) as directory:
+        later = replace(directory.superblock, sequence=directory.superblock.sequence + 1, session=9)
+        at_sync: list[bytes] = []
+
+        def fdatasync(descriptor: int) -> None:
+            assert descriptor == directory.slots_fd
+            at_sync.append((made / "slots").read_bytes()[later.offset_bytes :][:4096])
+
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        directory.write_superblock(later)
+    assert at_sync == [superblock.pack(later)]
+
+
+def test_a_disk_that_refuses_the_superblock(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fdatasync(descriptor: int) -> None:
+        raise OSError(EIO, os.strerror(EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with opened(made) as directory:
+        before = directory.superblock
+        with pytest.raises(CacheError, match=r"^cannot write the superblock of .*: Input/output error$"):
+            directory.write_superblock(replace(before, session=9))
+        assert directory.superblock == before
+
+
+def test_a_directory_has_its_name_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `slots` a creation begins anew, so all of it is durable before that name is there."""
+    rename, fsync = os.rename, os.fsync
+    synced: list[str] = []
+
+    def noting_fsync(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noting_rename(source: Path, target: Path) -> None:
+        assert synced[-1] == "slots.new"
+        assert {"sums", "index"} < set(synced)
+        assert (target.parent / "index" / "data.mdb").exists()
+        rename(source, target)
+        synced.append("renamed")
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    with opened(tmp_path / "cache"):
+        assert synced[-2:] == ["renamed", "cache"]
 
 
 def test_an_empty_folder_is_used_and_what_mkfs_puts_there_too(tmp_path: Path) -> None:
