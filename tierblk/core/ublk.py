@@ -37,11 +37,11 @@ STATE_DEAD, STATE_LIVE, STATE_QUIESCED = 0, 1, 2
 
 _GET_DEV_INFO = 0x80207502
 _ADD_DEV = 0xC0207504
-_DEL_DEV = 0xC0207505
 _START_DEV = 0xC0207506
 _STOP_DEV = 0xC0207507
 _SET_PARAMS = 0xC0207508
 _GET_FEATURES = 0x80207513
+_DEL_DEV_ASYNC = 0x80207514
 _TRY_STOP_DEV = 0xC0207517
 
 _ALL_QUEUES = 0xFFFF
@@ -134,8 +134,9 @@ def try_stop_dev(dev_id: int, *, timeout_ms: int) -> None:
 
 
 def del_dev(dev_id: int, *, timeout_ms: int) -> None:
-    """DEL_DEV. /dev/ublkcN must be closed and unmapped here, or it waits for ever."""
-    _control(_DEL_DEV, dev_id, None, 0, timeout_ms, f"DEL_DEV of device {dev_id}")
+    """DEL_DEV_ASYNC: its nodes are gone when this returns. DEL_DEV would wait until the number can be used
+    again, which is as long as anybody, stopped or not, keeps the device's file open."""
+    _control(_DEL_DEV_ASYNC, dev_id, None, 0, timeout_ms, f"DEL_DEV of device {dev_id}")
 
 
 def dev_info(dev_id: int) -> DeviceInfo:
