@@ -53,7 +53,7 @@ def prepare() -> None:
     Path("/image").mkdir()
     run("mount", "-t", "ext4", "-o", "ro", "/run/disks/image", "/image")
     with open("/etc/hosts", "a") as hosts:
-        hosts.write("127.0.0.1 localhost images.example\n")
+        hosts.write("127.0.0.1 images.example\n")
     CONFIG.parent.mkdir(parents=True, exist_ok=True)
     CONFIG.write_bytes((DEMO / "debian.toml").read_bytes())
     CACHE_DIR.mkdir(parents=True, exist_ok=True)

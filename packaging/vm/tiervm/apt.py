@@ -80,9 +80,9 @@ def _from_lines(text: str, suite: str) -> Origin | None:
 
 def inherited_options() -> list[str]:
     """Settings of the machine's apt that a foreign apt needs too: proxies, certificates, validity checks."""
-    kept = re.compile(r'^(Acquire::(?:https?::[^ ]+|Check-Valid-Until|Check-Date|Retries)) "(.+)";$')
+    kept = re.compile(r'^(Acquire::(?:https?::[^ ]+|Check-Valid-Until|Check-Date)) "(.+)";$')
     matches = (kept.match(line) for line in output(["apt-config", "dump"]).splitlines())
-    return [f'{match[1]} "{match[2]}";' for match in matches if match]
+    return ['Acquire::Retries "3";', *(f'{match[1]} "{match[2]}";' for match in matches if match)]
 
 
 class Apt:
@@ -102,6 +102,7 @@ class Apt:
             "Dir::State::lists": self._dir / "lists",
             "Dir::State::status": self._dir / "status",
             "Dir::Cache": self._dir / "cache",
+            "Acquire::Retries": "3",
             # The packages are public and go to a folder of root: apt's own user could not write there.
             "APT::Sandbox::User": "root",
         }
