@@ -7,14 +7,15 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
 from tierblk.cache import Cache
-from tierblk.cache.index import open_index
+from tierblk.cache.index import Index, open_index
 from tierblk.cache.invariants import LayerRows, Violation, check, check_bytes, check_index
 from tierblk.cache.superblock import COPIES, COPY_BYTES, Superblock, choose
 from tierblk.config import CacheSettings
@@ -31,7 +32,7 @@ from tierblk.core import (
     LocalDoor,
     Record,
 )
-from tierblk.extent import block_count, block_extent
+from tierblk.extent import block_extent
 from tierblk.units import MIB
 
 CACHE_BYTES = 16 * MIB
@@ -148,14 +149,35 @@ class CacheRig:
         return self.cache.check() + check_files(self.cache.path, maps=layer_rows(self.cache))
 
 
+@asynccontextmanager
+async def session(directory: Path, run_dir: Path, clean: bool = True) -> AsyncIterator[CacheRig]:
+    """One session; at the end the invariants hold."""
+    rig = await CacheRig.open(directory, run_dir)
+    try:
+        yield rig
+        assert rig.violations() == []
+    finally:
+        await rig.end(clean)
+
+
 @contextmanager
-def _index_rows(directory: Path, superblock: Superblock) -> Iterator[list[LayerRows]]:
+def run_directory(tmp_path: Path) -> Iterator[Path]:
+    """A run directory on tmpfs where the machine has one, as in production."""
+    memory = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(prefix="tierblk-test-", dir=memory if memory.is_dir() else tmp_path))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def changed_index(directory: Path) -> Iterator[Index]:
+    """The index of a closed cache, to look into or to put damage into."""
+    superblock = read_superblock(directory)
     index = open_index(directory / "index", superblock.uuid, superblock.slot_count)
     try:
-        yield [
-            LayerRows(record.layer_id, record.kind, record.size_bytes, dict(index.rows(record.layer_id)))
-            for record in index.layers()
-        ]
+        yield index
     finally:
         index.close()
 
@@ -176,8 +198,11 @@ def read_superblock(directory: Path) -> Superblock:
 
 def index_rows(directory: Path) -> list[LayerRows]:
     """What the index of a closed, or copied, cache directory says."""
-    with _index_rows(directory, read_superblock(directory)) as rows:
-        return rows
+    with changed_index(directory) as index:
+        return [
+            LayerRows(record.layer_id, record.kind, record.size_bytes, dict(index.rows(record.layer_id)))
+            for record in index.layers()
+        ]
 
 
 def check_files(directory: Path, maps: list[LayerRows] | None = None) -> list[Violation]:
@@ -201,10 +226,6 @@ def copy_cache(directory: Path, target: Path) -> Path:
     """The directory as a power cut at this instant would leave it, if the disk had lost nothing."""
     shutil.rmtree(target, ignore_errors=True)
     return Path(shutil.copytree(directory, target))
-
-
-def blocks_of(image: bytes) -> range:
-    return range(block_count(len(image)))
 
 
 @contextmanager
