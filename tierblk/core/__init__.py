@@ -122,12 +122,15 @@ class Engine:
         """NEED_SPACE is said when fewer slots are free."""
         lib.tb_engine_set_low(self.handle, free_slots)
 
-    def poll(self) -> Iterator[Record]:
-        """All events that wait, oldest first; to be exhausted when `event_fd` is readable."""
+    def poll(self) -> list[Record]:
+        """All events that wait, oldest first, when `event_fd` is readable. A list, and no generator: one that
+        a caller's exception ends half-way would leave events without another wake-up."""
+        events: list[Record] = []
         count = _POLL_BATCH
         while count == _POLL_BATCH:
             count = lib.tb_engine_poll(self.handle, self._events, _POLL_BATCH)
-            yield from map(Record._make, list(_RECORD.iter_unpack(self._events_view[: count * _RECORD.size])))
+            events += map(Record._make, _RECORD.iter_unpack(self._events_view[: count * _RECORD.size]))
+        return events
 
     def push(self, commands: Iterable[Record]) -> None:
         """Hands a batch of commands over. Raises OSError EAGAIN if they do not fit, which a caller that sends
