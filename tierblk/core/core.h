@@ -88,7 +88,7 @@ typedef struct {
     void (*event)(tb_queue *queue, uint64_t user_data, int result); /* a completion that is the door's own */
     void (*complete)(tb_queue *queue, tb_req *req);               /* req->result is final: hand it back, once (I11) */
     void (*turn)(tb_queue *queue);                                /* once a turn: new work of the door's own */
-    bool (*waiting)(tb_queue *queue);                             /* is there such work? asked just before sleeping */
+    bool (*waiting)(tb_queue *queue);                             /* is there such work? asked before sleeping and leaving */
     void (*stop)(tb_queue *queue);                                /* on the way out, in the thread */
     void (*release)(tb_queue *queue);                             /* after join: free the door's own */
 } tb_door_ops;

@@ -105,7 +105,7 @@ static void local_turn(tb_queue *queue)
 static bool local_waiting(tb_queue *queue)
 {
     local_door *door = queue->door;
-    return __atomic_load_n(&door->inbox, __ATOMIC_SEQ_CST) != NULL;
+    return __atomic_load_n(&door->inbox, __ATOMIC_SEQ_CST) != NULL || (door->first && door->idle);
 }
 
 static void local_event(tb_queue *queue, uint64_t user_data, int result)
@@ -142,7 +142,8 @@ int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, tb_queue **
 }
 
 /* Any thread, without the GIL; waits for the answer. offset and length in bytes, multiples of 512, inside the device.
- * Returns 0 or the first error met; `out` is then undefined. No call may be made or under way at tb_door_quit. */
+ * Returns 0 or the first error met; `out` is then undefined. A call under way at tb_door_quit is finished; none may begin
+ * after it. */
 int tb_local_read(tb_queue *queue, uint64_t offset, uint64_t length, uint8_t *out)
 {
     if (length == 0 || offset % TB_SECTOR || length % TB_SECTOR)

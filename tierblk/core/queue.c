@@ -106,7 +106,8 @@ static bool may_leave(tb_queue *queue)
 {
     if (queue->done)
         return true;
-    return __atomic_load_n(&queue->quitting, __ATOMIC_ACQUIRE) && TB_LOAD(&queue->stats.active) == 0;
+    return __atomic_load_n(&queue->quitting, __ATOMIC_ACQUIRE) && TB_LOAD(&queue->stats.active) == 0 &&
+           !(queue->ops->waiting && queue->ops->waiting(queue));
 }
 
 static void serve_until_done(tb_queue *queue)
