@@ -34,7 +34,7 @@ class StagingPool:
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
                 self.give(future.result(), count)  # it came while we were being cancelled
-            else:
+            elif (count, future) in self._waiting:  # a `give` since then may have struck it off
                 self._waiting.remove((count, future))
                 self._serve()
             raise
