@@ -86,6 +86,20 @@ def test_a_busy_device_is_refused_with_who_has_it(monkeypatch: pytest.MonkeyPatc
     assert caught.value.hint == "umount /mnt"
 
 
+def test_a_device_whose_open_waits_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever closes it may wait for a read that only the detach, which asks here first, will end."""
+    told, tell = os.pipe()
+    monkeypatch.setattr(blockdev, "is_block_device", lambda path: True)
+    monkeypatch.setattr(blockdev, "users", lambda path: [])
+    monkeypatch.setattr(blockdev, "OPEN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(os, "open", lambda *_: int(os.read(told, 1)))
+    blockdev.ensure_free("/dev/ublkb0")
+    os.write(tell, b"9")  # and now the child ends
+    os.wait()
+    os.close(told)
+    os.close(tell)
+
+
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENXIO, errno.ENODEV])
 def test_a_device_that_is_gone_is_free(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     failing_open(monkeypatch, number)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import re
+import select
 import shutil
 import stat
 import subprocess
@@ -22,6 +23,7 @@ BLKRRPART = 0x125F
 RESCAN_TRIES = 20
 POLL_S = 0.05
 NODES_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 3.0
 
 SYS = Path("/sys")
 PROC = Path("/proc")
@@ -101,20 +103,44 @@ def ensure_free(path: str) -> None:
     """DeviceError when the device, or a partition of it, is mounted or held; the message says by what."""
     if not is_block_device(path):
         return
+    who = users(path)
+    problem = errno.EBUSY if who else _exclusive_open(path)
+    if problem == errno.EBUSY:
+        mounts = [words.removeprefix("mounted at ") for words in who if words.startswith("mounted at ")]
+        raise DeviceError(
+            f"{path} is in use: {'; '.join(who) or 'held by something in the kernel'}",
+            f"umount {' '.join(mounts)}" if mounts else "end what uses it first",
+        )
+    if problem not in (0, errno.ENOENT, errno.ENXIO, errno.ENODEV):  # those: it is gone, or going
+        raise DeviceError(f"cannot open {path}: {os.strerror(problem)}")
+
+
+def _exclusive_open(path: str) -> int:
+    """The errno of an open that the kernel grants while nobody holds the disk or a partition; 0: granted.
+
+    In a child: the open waits, and cannot be killed, while somebody closes the device who waits for a read
+    that only the daemon can end. Who does not come back in time has not found a holder; the daemon goes on
+    then, and its drain ends the child as well.
+    """
+    child = os.fork()
+    if child == 0:
+        code = errno.EIO
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            code = 0
+        except OSError as error:
+            code = error.errno or errno.EIO
+        finally:
+            os._exit(code)
+    child_fd = os.pidfd_open(child)
     try:
-        # The kernel grants this only while nobody holds the disk or one of its partitions.
-        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            who = users(path)
-            mounts = [words.removeprefix("mounted at ") for words in who if words.startswith("mounted at ")]
-            raise DeviceError(
-                f"{path} is in use: {'; '.join(who) or 'held by something in the kernel'}",
-                f"umount {' '.join(mounts)}" if mounts else "end what uses it first",
-            ) from None
-        if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
-            return  # it is gone, or going
-        raise DeviceError(f"cannot open {path}: {error.strerror}") from None
+        poll = select.poll()
+        poll.register(child_fd, select.POLLIN)
+        if not poll.poll(OPEN_TIMEOUT_S * 1000):
+            return 0
+    finally:
+        os.close(child_fd)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def users(path: str, sys: Path = SYS, proc: Path = PROC) -> list[str]:
