@@ -192,10 +192,11 @@ class RunningCommand:
         """Its answer. Raises AssertionError, and kills it, when it takes longer than `limit_s`."""
         poll = select.poll()
         poll.register(self._process_fd, select.POLLIN)
-        in_time = poll.poll(limit_s * 1000)
+        in_time = bool(poll.poll(limit_s * 1000))
         if not in_time:
             os.kill(self.pid, signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
+        # One that the kernel holds in D state cannot be waited for.
+        status = os.waitpid(self.pid, 0)[1] if poll.poll(5000) else 0
         os.close(self._process_fd)
         texts = []
         for fd in self._said_fds:
@@ -218,6 +219,7 @@ def _become(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, said_fd in enumerate(said_fds, 1):
             os.dup2(said_fd, number)
+        os.closerange(3, 4096)  # a command has nothing open of what this process has, a device for example
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), "utf-8") for number in (1, 2))
         try:
             code = main(words)
