@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from bench import report
 from bench.fio import BenchError
-from bench.process import Progress
+from bench.process import Progress, output
 from bench.results import Result, compare, load_summary
 
 REPO = Path(__file__).resolve().parents[1]
@@ -37,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--quick", action="store_true")
         part.add_argument("--progress", type=Path)
         part.add_argument("--disk")
+        part.add_argument("--null", type=Path)
     verbs.add_parser("show").add_argument("file", type=Path)
     comparing = verbs.add_parser("compare")
     comparing.add_argument("before", type=Path)
@@ -54,13 +54,15 @@ def _load(path: Path) -> Result:
 def _commit() -> str:
     """What is measured: the commit, with a plus when files differ from it."""
     words = ["git", "-C", str(REPO), "describe", "--always", "--dirty=+", "--abbrev=9"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    try:
+        return output(words).strip()
+    except BenchError:  # no git, or no repository
+        return "unknown"
 
 
 def _empty(plan_settings: dict[str, object]) -> Result:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    return Result(date=now, commit=_commit(), kernel={}, settings=dict(plan_settings))
+    return Result(date=now, commit="", kernel={}, settings=dict(plan_settings))
 
 
 def _write(result: Result, path: Path) -> None:
@@ -78,7 +80,7 @@ def _part(options: argparse.Namespace) -> None:
     result = _empty(vars(plan))
     progress = Progress(options.progress)
     if options.verb == "inside":
-        inside.measure(plan, result, options.disk, progress)
+        inside.measure(plan, result, options.disk, options.null, progress)
     else:
         native.measure(plan, result, options.result.resolve().parent, progress)
     _write(result, options.result)
@@ -102,7 +104,7 @@ def _run() -> None:
     finally:
         part.unlink(missing_ok=True)
     result.samples += native.samples
-    result.commit = native.commit
+    result.commit = _commit()
     result.kernel |= {"how": kernel.how, "where": kernel.words}
     result.settings["quick"] = quick
     result.host_load = load_summary(loads.taken)

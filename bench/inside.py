@@ -62,12 +62,14 @@ class Plan:
 class Bench:
     """One run. `home` lies on a tmpfs; `disk` is a folder on a disk's filesystem, if there is one."""
 
-    def __init__(self, plan: Plan, result: Result, home: Path, disk: Path | None, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, result: Result, home: Path, disk: Path | None, null_server: Path, progress: Progress
+    ) -> None:
         self.plan = plan
         self.result = result
         self.home = home
         self.disk = disk
-        self.build_dir = Path(os.environ.get("TIERBLK_BENCH_BUILD", "build/bench"))
+        self.null_server = null_server
         self.progress = progress
 
     def sample(
@@ -125,7 +127,7 @@ class Bench:
             for name, user_copy in (("null", True), ("null-copy", False)):
                 size_bytes = self.plan.hit_mib * MIB
                 device = null_device(
-                    self.build_dir, size_bytes=size_bytes, depth=QUEUE_DEPTH, user_copy=user_copy
+                    self.null_server, size_bytes=size_bytes, depth=QUEUE_DEPTH, user_copy=user_copy
                 )
                 yield Target(name, stack.enter_context(device), os.getpid())
         yield stack.enter_context(loop(tierblk.slots))
@@ -278,7 +280,7 @@ def _disk(name: str | None) -> Iterator[Path | None]:
             output(["umount", mount])
 
 
-def measure(plan: Plan, result: Result, disk: str | None, progress: Progress) -> None:
+def measure(plan: Plan, result: Result, disk: str | None, null_server: Path, progress: Progress) -> None:
     """Runs the plan under this kernel and puts what it finds into `result`. Raises BenchError."""
     release, cpus = os.uname().release, os.cpu_count() or 1
     result.kernel.update(release=release, cpus=cpus)
@@ -287,4 +289,4 @@ def measure(plan: Plan, result: Result, disk: str | None, progress: Progress) ->
             output(["modprobe", "-q", module])
     with tempfile.TemporaryDirectory(prefix="tierblk-bench-", dir="/dev/shm") as home, _disk(disk) as folder:
         os.environ["TIERBLK_RUN_DIR"] = f"{home}/run"
-        Bench(plan, result, Path(home), folder, progress).run()
+        Bench(plan, result, Path(home), folder, null_server, progress).run()

@@ -23,7 +23,7 @@ NODE_S = 10.0
 STOP_MS = 30_000
 
 
-def library(build_dir: Path) -> Path:
+def compiled(build_dir: Path) -> Path:
     """The compiled server, made again when a source of the core is newer. CalledProcessError."""
     target = build_dir / "null.so"
     sources = [HERE / "null.c", *sorted(path for path in CORE.glob("*.c") if path.name != "_core.c")]
@@ -67,10 +67,12 @@ def _appears(path: str) -> None:
 
 
 @contextmanager
-def null_device(build_dir: Path, *, size_bytes: int, depth: int, user_copy: bool) -> Iterator[str]:
-    """The path of a ublk device whose reads bring nothing. With `user_copy` the driver moves nothing either,
-    without it the driver copies a buffer of the server's, as it does for plane `copy`. Raises OSError."""
-    server = _Server(library(build_dir))
+def null_device(library: Path, *, size_bytes: int, depth: int, user_copy: bool) -> Iterator[str]:
+    """The path of a ublk device whose reads bring nothing, served by the compiled `library`.
+
+    With `user_copy` the driver moves nothing either; without it the driver copies a buffer of the server's, as
+    it does for plane `copy`. Raises OSError."""
+    server = _Server(library)
     flags = ublk.features() & ublk.F_NO_AUTO_PART_SCAN | (ublk.F_USER_COPY if user_copy else 0)
     with ExitStack() as stack:
         device = ublk.add_dev(queue_depth=depth, max_io_bytes=BLOCK_BYTES, flags=flags, stamp=0)
@@ -94,4 +96,4 @@ def null_device(build_dir: Path, *, size_bytes: int, depth: int, user_copy: bool
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{library(HERE.parent / 'build' / 'bench')}\n")
+    sys.stdout.write(f"{compiled(HERE.parent / 'build' / 'bench')}\n")

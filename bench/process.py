@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,18 +14,33 @@ from pathlib import Path
 from bench.fio import BenchError
 
 POLL_S = 0.01
+TICK_S = 2.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Progress:
-    """Says a line per step: on stderr, or in a file for somebody who watches from outside this kernel."""
+    """Says a line per step, and one every two seconds of a step that takes longer: on stderr, or in a file for
+    somebody who watches from outside this kernel."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._began_s = time.monotonic()
+        self._began_s = self._said_s = time.monotonic()
+        self._last = ""
+        threading.Thread(target=self._tick, name="progress", daemon=True).start()
 
     def __call__(self, text: str) -> None:
-        line = f"  {time.monotonic() - self._began_s:5.0f} s  {text}\n"
+        self._last = text
+        self._write(text)
+
+    def _tick(self) -> None:
+        while True:
+            time.sleep(TICK_S)
+            if self._last and time.monotonic() - self._said_s >= TICK_S:
+                self._write(f"(after: {self._last})")
+
+    def _write(self, text: str) -> None:
+        self._said_s = time.monotonic()
+        line = f"  {self._said_s - self._began_s:5.0f} s  {text}\n"
         if self._path is None:
             sys.stderr.write(line)
             sys.stderr.flush()

@@ -19,6 +19,7 @@ from bench.fio import BenchError
 from bench.process import output, running, wait_until
 
 MIB = 1 << 20
+PAGE_BYTES = 4096
 READ_BYTES = 1 * MIB
 
 NGINX_CONF = """\
@@ -49,11 +50,13 @@ class Target:
 
 
 def make_image(path: Path, size_bytes: int) -> None:
-    """Bytes that do not compress and hold no zero page, the same ones every time."""
-    source = random.Random(size_bytes)
+    """The same bytes every time: no page is like another, none is zero, none compresses."""
+    piece = bytearray(random.Random(size_bytes).randbytes(MIB))
     with open(path, "wb") as file:
-        for _ in range(size_bytes // MIB):
-            file.write(source.randbytes(MIB))
+        for start in range(0, size_bytes, MIB):
+            for page in range(0, MIB, PAGE_BYTES):
+                piece[page : page + 8] = (start + page + 1).to_bytes(8, "little")
+            file.write(piece)
 
 
 def read_all(path: str) -> str:

@@ -114,15 +114,15 @@ def under(kernel: Kernel, out: Path, *, quick: bool, loads: Loads) -> Result:
     """Everything that needs ublk, on that kernel. Raises BenchError."""
     flags = ["--quick"] if quick else []
     try:
-        null.library(out.parent)
+        server = null.compiled(out.parent)
     except subprocess.CalledProcessError as error:
         raise BenchError(f"the null server does not compile (status {error.returncode})") from None
     if kernel.how == "vm":
-        return _in_vm(out, flags, loads)
+        return _in_vm(out, server, flags, loads)
     progress = out.with_suffix(".progress")
     progress.unlink(missing_ok=True)
     disk = os.environ.get(DISK_VARIABLE) or (str(out.parent) if kernel.how == "own" else "")
-    words = ["--result", str(out), *flags, *(["--disk", disk] if disk else [])]
+    words = ["--result", str(out), "--null", str(server), *flags, *(["--disk", disk] if disk else [])]
     runner = shlex.split(os.environ[KERNEL_VARIABLE]) if kernel.how == "runner" else []
     if kernel.how == "own" and os.geteuid() != 0:
         raise BenchError("making ublk devices needs root")
@@ -137,14 +137,14 @@ def under(kernel: Kernel, out: Path, *, quick: bool, loads: Loads) -> Result:
     return Result.from_json(out.read_text())
 
 
-def _in_vm(out: Path, flags: list[str], loads: Loads) -> Result:
+def _in_vm(out: Path, server: Path, flags: list[str], loads: Loads) -> Result:
     """The VM gets this folder and the compiled null server on a disk, and writes its result on another."""
     with temporary("bench") as folder:
         tree = folder / "tree"
         (tree / "bench").mkdir(parents=True)
         for path in [*(REPO / "bench").glob("*.py"), *(REPO / "bench").glob("*.fio")]:
             (tree / "bench" / path.name).write_bytes(path.read_bytes())
-        (tree / "null.so").write_bytes(null.library(out.parent).read_bytes())
+        (tree / "null.so").write_bytes(server.read_bytes())
         disk = folder / "benchtree.ext4"
         disks.ext4_of(tree, disk, 16 << 20)
         result = folder / "benchresult"
@@ -157,12 +157,14 @@ def _in_vm(out: Path, flags: list[str], loads: Loads) -> Result:
             "inside",
             "--result",
             "/run/disks/benchresult",
+            "--null",
+            "/run/bench/null.so",
             "--disk",
             "/cache",
             *flags,
         ]
         job = "mkdir /run/bench && mount -o ro /run/disks/benchtree /run/bench && cd /run/bench && "
-        job += f"TIERBLK_BENCH_BUILD=/run/bench {shlex.join(inside)}"
+        job += shlex.join(inside)
         vm: list[str | Path] = [sys.executable, VM / "run.py", "--kernel", "new", "--mem", "3G"]
         vm += ["--timeout-s", str(VM_LIMIT_S), "--disk", f"{disk}:ro", "--disk", str(result), "--", job]
         status = loads.run(vm)
