@@ -70,8 +70,8 @@ def _appears(path: str) -> None:
 def null_device(library: Path, *, size_bytes: int, depth: int, user_copy: bool) -> Iterator[str]:
     """The path of a ublk device whose reads bring nothing, served by the compiled `library`.
 
-    With `user_copy` the driver moves nothing either; without it the driver copies a buffer of the server's, as
-    it does for plane `copy`. Raises OSError."""
+    With `user_copy` the driver moves nothing either; without it the driver copies a buffer of the server's,
+    as it does for plane `copy`. Raises OSError."""
     server = _Server(library)
     flags = ublk.features() & ublk.F_NO_AUTO_PART_SCAN | (ublk.F_USER_COPY if user_copy else 0)
     with ExitStack() as stack:

@@ -19,8 +19,8 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Progress:
-    """Says a line per step, and one every two seconds of a step that takes longer: on stderr, or in a file for
-    somebody who watches from outside this kernel."""
+    """Says a line per step, and one every two seconds of a step that takes longer: on stderr, or in a file
+    for somebody who watches from outside this kernel."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
