@@ -2,6 +2,8 @@
 # make check   lint, types, import contracts
 # make test    everything: check, unit and integration tests, then the tests on real kernels in VMs
 # make test-native, make test-vm: its two halves
+# make demo    a Debian booted from a device
+# make bench   ratios beside the kernel's loop, a null device, nbdkit and curl
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -73,4 +75,4 @@ test: test-native
 clean:
 	rm -rf $(VENV) build/lib.* build/temp.* build/bdist.* *.egg-info tierblk/core/_core.c tierblk/core/*.so tierblk/core/*.o
 
--include packaging/vm.mk
+-include packaging/vm.mk bench/bench.mk

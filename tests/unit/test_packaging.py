@@ -31,12 +31,10 @@ LINES_MAX = {".py": 500, ".c": 400}
 
 def test_the_list_of_packages_is_the_folders() -> None:
     packages = PROJECT["tool"]["setuptools"]["packages"]
-    folders = {path.parent for path in FILES if path.name == "__init__.py"}
-    inside = {folder.relative_to(ROOT) for folder in folders if folder.relative_to(ROOT).parts[0] != "tests"}
+    folders = {path.parent.relative_to(ROOT) for path in FILES if path.name == "__init__.py"}
+    shipped = {folder for folder in folders if folder.parts[0] not in ("tests", "packaging", "bench")}
     real = {"tierblk.cache": "cache", "tierblk.remote": "remote"}
-    assert {real.get(name, name.replace(".", "/")) for name in packages} == {
-        str(folder) for folder in inside if folder.parts[0] != "packaging"
-    }
+    assert {real.get(name, name.replace(".", "/")) for name in packages} == set(map(str, shipped))
 
 
 @pytest.mark.parametrize("name", ["cache", "remote"])
