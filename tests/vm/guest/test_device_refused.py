@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import subprocess
@@ -53,14 +52,13 @@ def test_a_bad_config_names_all_its_faults_and_a_missing_one_itself(scratch: Pat
 def test_a_remote_that_cannot_be_used_leaves_no_cache_directory(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
-    """Nobody listens; no such image; no ranges; a size that no disk has."""
+    """Nobody listens; no ranges; a size that no disk has."""
     cache = scratch / "cache"
 
     def attach(url: str) -> Answer:
         return tierblk.run("attach", tierblk.config("remote", url, cache, "16MiB"), check=False)
 
     refused(attach("http://127.0.0.1:9/x.raw"), 4, "http://127.0.0.1:9/x.raw", "refused")
-    refused(attach(f"{web.url}/none.raw"), 5, "none.raw", "404")
     odd = make_image("odd.raw", IMAGE_BYTES + 100)
     refused(attach(web.url_of(odd)), 5, f"{IMAGE_BYTES + 100} bytes", "512")
     with moody(bytes(IMAGE_BYTES)) as server:
@@ -145,7 +143,7 @@ def test_a_disk_too_full_for_the_cache_is_refused_and_one_that_fills_up_later_do
     tierblk.run("stop")
 
 
-def test_a_cache_directory_of_a_newer_version_or_with_a_damaged_or_foreign_content_is_left_alone(
+def test_a_cache_directory_of_a_newer_version_or_with_garbage_for_a_superblock_is_left_alone(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
     """Each is refused by name, and every file in it is as it was before."""
@@ -155,20 +153,12 @@ def test_a_cache_directory_of_a_newer_version_or_with_a_damaged_or_foreign_conte
     compare_whole(tierblk.attach(config), image)
     tierblk.run("stop")
     slots = cache / "slots"
-    original = slots.read_bytes()[: 2 * COPY_BYTES]
+    original = _head(slots)
 
     _overwrite(slots, _newer(original[:COPY_BYTES]) + _newer(original[COPY_BYTES:]))
     _refused_untouched(tierblk, config, cache, "newer tierblk")
     _overwrite(slots, bytes(range(256)) * (2 * COPY_BYTES // 256))
     _refused_untouched(tierblk, config, cache, "not a slots file of tierblk")
-    _overwrite(slots, original[:64] + bytes(2 * COPY_BYTES - 64))
-    _refused_untouched(tierblk, config, cache, "superblocks", "damaged")
-
-    foreign = scratch / "foreign"
-    foreign.mkdir()
-    (foreign / "letter.txt").write_text("dear")
-    config = tierblk.config("foreign", web.url_of(image), foreign, "16MiB")
-    _refused_untouched(tierblk, config, foreign, "letter.txt")
 
 
 def _newer(superblock: bytes) -> bytes:
@@ -191,9 +181,12 @@ def _refused_untouched(tierblk: Tierblk, config: Path, folder: Path, *words: str
     assert _content(folder) == before
 
 
-def _content(folder: Path) -> dict[str, tuple[str, int]]:
-    return {
-        str(path): (hashlib.sha1(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def _content(folder: Path) -> dict[str, tuple[bytes, int, int]]:
+    """Of each file: how it begins, its length, and when it was last written to."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): (_head(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(2 * COPY_BYTES)
