@@ -70,7 +70,10 @@ class Result:
     @classmethod
     def from_json(cls, text: str) -> Result:
         """ValueError when it is not a result of this format."""
-        document = json.loads(text)
+        try:
+            document = json.loads(text)
+        except ValueError:
+            document = None
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise ValueError(f"this is no benchmark result of format {FORMAT}")
         try:
