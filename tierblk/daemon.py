@@ -238,7 +238,6 @@ class Daemon:
             device.warnings.append(warning)
             log.warning("%s: %s", device.name, warning)
         await device.start(self._on_device_end)
-        base.devices += 1
         self._devices[device.name] = device
         log.info("%s is %s: %s", device.name, device.path, base.image.identity.url)
         return device.to_dict()
@@ -249,7 +248,8 @@ class Daemon:
             raise DaemonError("; ".join(different), f"both use {config.cache.dir}: make them agree")
 
     async def _open_base(self, config: Config) -> Base:
-        """The base of a config: one that is open already, or one from the cache's layers, or a new one."""
+        """The base of a config: one that is open already, or one from the cache's layers, or a new one. It is
+        counted as used by the device to come; `_release` takes that back."""
         assert self._cache is not None
         known = [Identity(*identity) for identity in self._cache.identities_of(config.base.url)]
         source = await open_source(config.base.url, config.remote, known[-1] if known else None)
@@ -261,9 +261,11 @@ class Daemon:
             await source.aclose()
             raise
         if (base := self._bases.get(layer.layer_id)) is not None:
+            base.devices += 1  # before anybody else may run: its last device may be on its way out
             await source.aclose()
             return base
         base = self._bases[layer.layer_id] = Base(layer, image, Fetcher(source, config.remote))
+        base.devices += 1
         return base
 
     async def _partition_warning(self, base: Base) -> str | None:
@@ -290,19 +292,19 @@ class Daemon:
         """See control.DaemonApi."""
         device = self._find(name)
         await device.stop(force=False)
-        if self._devices.get(name) is device:  # not when two detach at once
-            await self._forget(device)
+        await self._forget(device)
         log.info("%s is detached", name)
 
     async def _forget(self, device: Device) -> None:
-        self._devices.pop(device.name, None)
-        device.base.devices -= 1
-        await self._release(device.base)
+        if self._devices.get(device.name) is device:  # a detach and a stop may meet
+            del self._devices[device.name]
+            await self._release(device.base)
 
     async def _release(self, base: Base) -> None:
-        """Closes a base that no device uses; its blocks stay cached."""
+        """One device less; closes a base that no device uses. Its blocks stay cached."""
         assert self._fills is not None
-        if base.devices or self._bases.get(base.layer.layer_id) is not base:
+        base.devices -= 1
+        if base.devices:
             return
         del self._bases[base.layer.layer_id]
         await self._fills.stop(base.layer.layer_id)
