@@ -91,6 +91,16 @@ class Device:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
 
+    async def _run_whole(self, function: Callable[..., None]) -> None:
+        """As `_run`, for commands that only wait for the driver: also when cancelled it ends before this
+        does, so that what it made is known to the clean-up."""
+        future = asyncio.get_running_loop().run_in_executor(self._executor, function)
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
     async def start(self, on_end: Callable[[Device], None]) -> None:
         """ADD, SET_PARAMS, fetch, START: when it returns the device can be opened. DeviceError; nothing is
         left then.
@@ -99,7 +109,7 @@ class Device:
         try:
             await self._add()
             await self._serve(on_end)
-            await self._run(ublk.start_dev, self.dev_id, pid=os.getpid(), timeout_ms=_START_MS)
+            await self._start_dev()
             await self._wait_for(self.path, lambda: os.path.exists(self.path))
         except (OSError, DeviceError, asyncio.CancelledError) as error:
             await self._take_down()
@@ -108,25 +118,39 @@ class Device:
             raise
         self.state = "live"
 
+    async def _start_dev(self) -> None:
+        """START_DEV waits for every tag to be fetched; a queue that ended will never fetch them."""
+        started = asyncio.ensure_future(
+            self._run(ublk.start_dev, self.dev_id, pid=os.getpid(), timeout_ms=_START_MS)
+        )
+        started.add_done_callback(_retrieve)
+        ended = asyncio.ensure_future(self._ended.wait())
+        await asyncio.wait({started, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not started.done():
+            raise DeviceError("the ublk driver took the device's queue back before it was started")
+        started.result()
+
     async def _add(self) -> None:
         granted = await self._run(ublk.features)
         self._safe_stop = bool(granted & ublk.F_SAFE_STOP_DEV)
-        info = await self._run(
-            ublk.add_dev,
-            queue_depth=self.config.device.queue_depth,
-            max_io_bytes=BLOCK_BYTES,
-            flags=granted & ublk.F_NO_AUTO_PART_SCAN,
-            stamp=self._stamp,
-        )
-        self.dev_id = info.dev_id
-        if info.max_io_bytes < BLOCK_BYTES:
-            raise DeviceError(
-                f"the ublk driver allows requests of {info.max_io_bytes} bytes, 64 KiB are needed"
+
+        def add() -> None:
+            info = ublk.add_dev(
+                queue_depth=self.config.device.queue_depth,
+                max_io_bytes=BLOCK_BYTES,
+                flags=granted & ublk.F_NO_AUTO_PART_SCAN,
+                stamp=self._stamp,
             )
-        size_bytes = self.base.image.size_bytes
-        await self._run(
-            ublk.set_params, self.dev_id, size_bytes=size_bytes, block_bytes=BLOCK_BYTES, read_only=True
-        )
+            self.dev_id = info.dev_id
+            if info.max_io_bytes < BLOCK_BYTES:
+                raise DeviceError(
+                    f"the ublk driver allows requests of {info.max_io_bytes} bytes, 64 KiB are needed"
+                )
+            size_bytes = self.base.image.size_bytes
+            ublk.set_params(self.dev_id, size_bytes=size_bytes, block_bytes=BLOCK_BYTES, read_only=True)
+
+        await self._run_whole(add)
 
     async def _serve(self, on_end: Callable[[Device], None]) -> None:
         char_path = f"/dev/ublkc{self.dev_id}"
@@ -141,16 +165,19 @@ class Device:
             return True
 
         await self._wait_for(char_path, opened)
-        self._door = await self._run(
-            UblkDoor,
-            self._engine,
-            self.base.layer,
-            cdev_fd=self._cdev_fd,
-            queue_depth=self.config.device.queue_depth,
-            dev_id=self.dev_id,
-        )
-        self._ended.clear()
-        asyncio.get_running_loop().add_reader(self._door.end_fd, self._on_end, on_end)
+        loop = asyncio.get_running_loop()
+
+        def open_door() -> None:
+            self._door = door = UblkDoor(
+                self._engine,
+                self.base.layer,
+                cdev_fd=self._cdev_fd,
+                queue_depth=self.config.device.queue_depth,
+                dev_id=self.dev_id,
+            )
+            loop.call_soon_threadsafe(loop.add_reader, door.end_fd, self._on_end, on_end)
+
+        await self._run_whole(open_door)
 
     def _on_end(self, on_end: Callable[[Device], None]) -> None:
         if self._door is not None:
@@ -271,6 +298,12 @@ class Device:
             "attached": self.attached,
             "warnings": self.warnings,
         }
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """A START_DEV that nobody waits for any more may fail as it likes."""
+    if not future.cancelled():
+        future.exception()
 
 
 def reap(stamp: int) -> list[int]:
