@@ -30,6 +30,7 @@ from tierblk.core import (
 )
 
 TIMEOUT_S = 20.0
+NO_TOKEN = 0xFFFFFFFF
 _ENTRY = struct.Struct("<IHHHH")
 
 
@@ -59,7 +60,6 @@ class Rig:
         self.index: dict[int, bytes] = {}
         self.pool = ThreadPoolExecutor(32, "rig-read")
         self._fds: list[int] = []
-        self.reads: list[Future[bytes]] = []
         for path, size in ((self.slots_path, slots * BLOCK_BYTES), (self.sums_path, slots * 64)):
             path.write_bytes(b"")
             os.truncate(path, size)
@@ -94,6 +94,8 @@ class Rig:
                 self.layer.load_row(row, packed)
         self.engine.finish_load()
         self.door = LocalDoor(self.engine, self.layer, queue_depth=16)
+        self.pieces = 0
+        self.refused = False
         self.asked: dict[int, Record] = {}
         self.staged: dict[int, int] = {}
         self.places: dict[int, int] = {}
@@ -104,9 +106,8 @@ class Rig:
 
     def read(self, offset: int, length: int) -> Future[bytes]:
         """Begins a read; it may need fills."""
-        read = self.pool.submit(self.door.read, offset, length)
-        self.reads = [old for old in self.reads if not old.done()] + [read]
-        return read
+        self.pieces += (offset + length - 1) // BLOCK_BYTES - offset // BLOCK_BYTES + 1
+        return self.pool.submit(self.door.read, offset, length)
 
     def expect(self, offset: int, length: int) -> bytes:
         return self.image[offset : offset + length]
@@ -121,6 +122,9 @@ class Rig:
                 self.asked[event.block] = event
                 self.staged[event.block] = 0
             elif event.kind == FILLED:
+                if event.token == NO_TOKEN:
+                    self.refused = True
+                    continue
                 self.results.append(event)
                 block = next((b for b, e in self.asked.items() if e.token == event.token), None)
                 if block is not None:
@@ -147,20 +151,28 @@ class Rig:
             select.select([self.engine.event_fd], [], [], 0.001)
 
     def settle(self) -> None:
-        """Until nothing happens by itself: every request is done, or waits for a fill that waits for us. A
-        request on its way in, or back from a fill, is not seen while others are asked for: wait for what it
-        causes then."""
+        """Until nothing happens by itself: every command is obeyed, and every request is done or waits for a
+        fill that waits for us. What a trace meets next then does not depend on who was faster."""
+        self.obeyed()
 
         def settled() -> bool:
             stats = self.door.stats()
+            issued = stats["requests"] + stats["active"]
             return (
                 not self.finals
                 and stats["active"] == stats["waiting"]
-                and (bool(self.asked) or all(read.done() for read in self.reads))
+                and (issued == self.pieces or stats["active"] == self.door.depth)
                 and self.engine.stats()["fills"] == len(self.asked)
             )
 
         self.until(settled)
+
+    def obeyed(self) -> None:
+        """Until every command so far is obeyed: they are taken in order, and a token that no fill can have is
+        answered at once."""
+        self.refused = False
+        self.engine.push([Record(FAIL, token=NO_TOKEN)])
+        self.until(lambda: self.refused)
 
     # -- answers ---
 

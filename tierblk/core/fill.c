@@ -118,7 +118,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     tb_layer *layer = fill->layer;
     tb_entry *entry = &layer->entries[fill->block];
     tb_lock *stripe = tb_stripe(layer, fill->block);
-    int waiters_result = result < 0 && !fill->staged ? result : 0; /* now: below, the fill is lent to the next block */
+    int waiters_result = result < 0 && !fill->staged ? result : 0;
     if (cached && fill->new_slot)
         tb_slot_own(e, fill->slot, layer, fill->block);
     tb_lock_take(stripe);
@@ -142,13 +142,13 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     fill->parked = NULL;
     __atomic_store_n(&fill->state, FILL_FREE, __ATOMIC_RELEASE);
     tb_lock_give(stripe);
+    tb_hand_back_all(list, waiters_result);
     tb_say(e, (tb_record){.kind = TB_EV_FILLED, .layer = layer->id, .token = fill->token, .block = fill->block,
                        .value = fill->staging_offset, .result = result, .pages = cached | zero});
     tb_lock_take(&e->fill_lock);
     fill->next = e->fill_free;
     e->fill_free = fill;
     tb_lock_give(&e->fill_lock);
-    tb_hand_back_all(list, waiters_result);
 }
 
 void tb_fill_written(tb_engine *e, tb_fill *fill)

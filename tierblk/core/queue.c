@@ -13,6 +13,7 @@ void tb_queue_hand_back(tb_req *req)
 {
     tb_queue *queue = req->queue;
     TB_ADD(&queue->visitors, 1); /* seen by whoever sees the request in the inbox */
+    TB_ADD(&queue->stats.waiting, -1ull);
     tb_req *head = TB_LOAD(&queue->inbox);
     do
         req->next = head;
@@ -63,7 +64,6 @@ static void take_inbox(tb_queue *queue)
     while (oldest) {
         tb_req *req = oldest;
         oldest = req->next;
-        TB_COUNT(&queue->stats.waiting, -1ull);
         if (req->result || !req->need)
             tb_finish(req);
         else

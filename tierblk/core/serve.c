@@ -107,7 +107,7 @@ static void park(tb_req *req, tb_lock *stripe, uint16_t missing)
         return;
     }
     req->missed = 1;
-    TB_COUNT(&req->queue->stats.waiting, 1);
+    TB_ADD(&req->queue->stats.waiting, 1);
     tb_fill_park(fill, req); /* from here to the hand-back the request is the filler's */
     tb_lock_give(stripe);
     if (ask) {
