@@ -6,6 +6,8 @@ from tierblk.errors import RemoteRefused
 from tierblk.extent import SECTOR_BYTES, Extent, block_count, block_extent
 from tierblk.remote.source import Identity, Source
 
+SIZE_BYTES_MAX = 1 << 60  # the kernel counts a device's bytes in 63 bits; no image comes near
+
 
 class RawImage:
     """A raw image: byte n of the disk is byte n of the source."""
@@ -15,6 +17,8 @@ class RawImage:
         url, size_bytes = source.identity.url, source.identity.size_bytes
         if size_bytes == 0:
             raise RemoteRefused(f"{url} is empty (0 bytes)", "an image has at least one sector of 512 bytes")
+        if size_bytes > SIZE_BYTES_MAX:
+            raise RemoteRefused(f"{url} claims to have {size_bytes} bytes: no block device is that large")
         if size_bytes % SECTOR_BYTES:
             padded_bytes = -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES
             raise RemoteRefused(

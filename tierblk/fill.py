@@ -85,6 +85,8 @@ class Fills:
             return
         if event.result < 0 and event.block not in window.failed:
             self._slot_write_failed(-event.result)
+        elif event.result == 0 and event.pages:
+            self.slot_write_failure = None
         window.open -= 1
         self._release(window)
         self._look_idle()

@@ -36,6 +36,12 @@ def test_blocks_cover_the_disk(sectors: int) -> None:
     assert 0 < last.length <= BLOCK_BYTES
 
 
+@pytest.mark.parametrize("size_bytes", [(1 << 60) + 512, (1 << 64) - 512, 10**19 // 512 * 512])
+def test_a_size_that_no_disk_has(size_bytes: int) -> None:
+    with pytest.raises(RemoteRefused, match="no block device is that large"):
+        RawImage(Sized(size_bytes))
+
+
 def test_blocks_outside() -> None:
     image = RawImage(Sized(BLOCK_BYTES + 512))
     assert image.extent(0) == Extent(0, BLOCK_BYTES)
