@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Self
 
+BURST_SLOTS = 64  # 4 MiB
+
 
 @dataclass(frozen=True, slots=True)
 class Watermarks:
@@ -21,10 +23,15 @@ class Watermarks:
 
     @classmethod
     def of(cls, total_slots: int, low_percent: float, high_percent: float) -> Self:
-        """Rounded up, at least one slot, and never so many that nothing could be cached."""
+        """Rounded up, and never so many that nothing could be cached.
+
+        A burst of misses takes free slots faster than a commit brings new ones, whatever the cache's size:
+        small caches keep the same few MiB free as larger ones, at most an eighth and a quarter of themselves.
+        """
         most = max(total_slots - 1, 0)
-        low = min(max(1, ceil(total_slots * low_percent / 100)), most)
-        return cls(low, min(max(low, ceil(total_slots * high_percent / 100)), most))
+        low = max(1, ceil(total_slots * low_percent / 100), min(BURST_SLOTS, total_slots // 8))
+        high = max(low, ceil(total_slots * high_percent / 100), min(2 * BURST_SLOTS, total_slots // 4))
+        return cls(min(low, most), min(high, most))
 
 
 def slots_to_evict(marks: Watermarks, *, total: int, free: int, quarantined: int, evicting: int = 0) -> int:

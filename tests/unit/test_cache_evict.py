@@ -18,8 +18,10 @@ def test_watermarks_leave_room_to_cache(total: int, a: float, b: float) -> None:
     assert marks.low_slots >= min(1, total - 1)
 
 
-@pytest.mark.parametrize(("total", "low", "high"), [(255, 6, 11), (65535, 1311, 2622), (2, 1, 1), (1, 0, 0)])
-def test_watermarks_are_rounded_up(total: int, low: int, high: int) -> None:
+@pytest.mark.parametrize(
+    ("total", "low", "high"), [(255, 31, 63), (1000, 64, 128), (65535, 1311, 2622), (2, 1, 1), (1, 0, 0)]
+)
+def test_watermarks_are_rounded_up_and_leave_room_for_a_burst(total: int, low: int, high: int) -> None:
     assert Watermarks.of(total, 2.0, 4.0) == Watermarks(low, high)
 
 
