@@ -282,6 +282,7 @@ class Device:
             "miss_requests": stats.get("miss_requests", 0),
             "errors": stats.get("errors", 0),
             "waiting": stats.get("waiting", 0),
+            "enters": stats.get("enters", 0),
             "fetched_bytes": counters.fetched_bytes,
             "remote_requests": counters.requests,
             "remote_retries": counters.retries,
