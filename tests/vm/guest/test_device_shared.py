@@ -64,6 +64,24 @@ def test_attaches_that_race_share_one_daemon_and_one_of_a_name_wins(
         compare_at_random(Path(device["path"]), image, count=5, seed=23)
 
 
+def test_a_device_that_comes_as_the_last_one_of_its_image_goes_can_read(
+    scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
+) -> None:
+    """The base that both share is closed under neither."""
+    image = make_image("handover.raw", IMAGE_BYTES, seed=24)
+    here, there = (
+        tierblk.config(name, web.url_of(image), scratch / "cache", "16MiB") for name in ("here", "there")
+    )
+    tierblk.attach(here)
+    for seed in range(4):
+        going, coming = tierblk.begin("detach", here.stem), tierblk.begin("attach", there)
+        came = coming.finish(COMMAND_LIMIT_S)
+        went = going.finish(COMMAND_LIMIT_S)
+        assert (went.returncode, came.returncode) == (0, 0), went.stderr + came.stderr
+        compare_at_random(Path(came.stdout.strip()), image, count=5, seed=seed)
+        here, there = there, here
+
+
 def test_a_second_daemon_and_a_config_that_disagrees_are_refused_by_name(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
