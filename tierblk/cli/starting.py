@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tierblk
-from tierblk.cli.client import Daemon, find_daemon
+from tierblk.cli.client import Daemon, DeadSocket, find_daemon
 from tierblk.errors import CacheError, DaemonError, TierblkError, from_dict
 from tierblk.rundir import run_root
 
@@ -215,7 +215,7 @@ def await_ready(ready_fd: int, timeout_s: float, log_file: Path | None) -> None:
 
 def stop_if_idle(daemon: Daemon, *, wait: bool = True) -> None:
     """Take a daemon away that was started for nothing; whatever goes wrong, the first error counts."""
-    with suppress(TierblkError, OSError):
+    with suppress(TierblkError, OSError, DeadSocket):
         process_fd = daemon.process()
         try:
             if daemon.request("POST", "/v1/stop", {"if_idle": True}).get("stopping") and wait:
