@@ -74,7 +74,8 @@ class Daemon:
     async def start(self) -> None:
         """Opens the cache directory and begins to serve the engine. CacheError."""
         settings = self._config.cache
-        if not (settings.dir / "slots").exists():
+        # Not Path.exists, which raises where one may not look.
+        if not await self._run(os.path.exists, settings.dir / "slots"):
             await self._preflight()
         engine_of = partial(Engine, staging_bytes=self._config.remote.staging)
         self._cache = cache = await self._run(Cache.open, settings, run_root(), engine_of)
@@ -126,6 +127,7 @@ class Daemon:
         log.info("stopped")
 
     async def _stop_device(self, device: Device) -> None:
+        log.info("taking away %s (%s), whoever uses it", device.name, device.path)
         await device.stop(force=True)
         await self._forget(device)
 
