@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,11 @@ from tierblk.cache.commit import CommitReport, Committer
 from tierblk.cache.directory import Directory, open_directory
 from tierblk.cache.index import LAYER_ID_MAX, Index, LayerRecord, create_index, open_index
 from tierblk.cache.invariants import LayerRows, SlotCounts, Violation, check
-from tierblk.cache.loading import Loaded, load
+from tierblk.cache.loading import Loaded, load, refuse_what_cannot_be_served
 from tierblk.cache.maps import Maps
+from tierblk.cache.resize import resize
 from tierblk.cache.start import StartMode
+from tierblk.cache.superblock import SLOT_BYTES
 from tierblk.config import CacheSettings
 from tierblk.core import Engine, Layer
 from tierblk.errors import CacheError
@@ -67,35 +70,37 @@ class Cache:
     def open(cls, settings: CacheSettings, run_dir: Path, make_engine: EngineFactory) -> Cache:
         """Opens or makes the directory that [cache] names, with every layer that its index knows.
 
-        run_dir: where block maps outlive a killed daemon, on tmpfs. CacheError for everything that can be
-        wrong. Blocks: reading a big index takes seconds.
+        A directory of another size than `settings` says gets that size first (resize.py). run_dir: where
+        block maps outlive a killed daemon, on tmpfs. CacheError for everything that can be wrong, a disk that
+        is read-only or cannot be read included. Blocks: reading a big index takes seconds.
         """
-        with ExitStack() as undo:
-            directory = open_directory(settings.dir, settings.size, run_dir, create_index)
-            undo.callback(directory.close)
-            found = directory.superblock
-            index = open_index(directory.index_path, found.uuid, found.slot_count)
-            undo.callback(index.close)
-            maps = Maps(run_dir, found)
-            undo.callback(maps.close)
-            try:
+        try:
+            with ExitStack() as undo:
+                directory = open_directory(settings.dir, settings.size, run_dir, create_index)
+                undo.callback(directory.close)
+                slot_count = max(directory.superblock.slot_count, settings.size // SLOT_BYTES)
+                index = open_index(directory.index_path, directory.superblock.uuid, slot_count)
+                undo.callback(index.close)
+                refuse_what_cannot_be_served(index)
+                maps = Maps(run_dir, directory.superblock)
+                undo.callback(maps.close)
+                resize(directory, index, maps, settings.size)
                 engine = make_engine(
                     slots_fd=directory.slots_fd,
-                    slot_count=found.slot_count,
+                    slot_count=directory.superblock.slot_count,
                     sums_fd=directory.sums_fd,
                     dio_align_bytes=directory.dio_align_bytes,
                 )
                 undo.callback(engine.close)
-                loaded = load(engine, index, maps, found)
+                loaded = load(engine, index, maps, directory.superblock)
                 _begin_session(directory, index, maps, loaded)
                 engine.finish_load()
-            except OSError as error:
-                raise CacheError(f"cannot open the cache in {settings.dir}: {error.strerror}") from None
-            undo.pop_all()
-            _log.info(
-                "opened %s, session %d, %s", directory.path, directory.superblock.session, loaded.mode.value
-            )
-            return cls(directory, index, maps, engine, loaded)
+                undo.pop_all()
+        except OSError as error:
+            raise CacheError(f"cannot open the cache in {settings.dir}: {error.strerror}") from None
+        session = directory.superblock.session
+        _log.info("opened %s, session %d, %s", directory.path, session, loaded.mode.value)
+        return cls(directory, index, maps, engine, loaded)
 
     @property
     def run_dir(self) -> Path:
@@ -114,7 +119,12 @@ class Cache:
             # Written for a known image too: which version of an address was used last is asked when it is
             # offline.
             record = LayerRecord(layer_id, "base", url, size_bytes, validator, int(time.time()))
-            await asyncio.to_thread(self._index.put_layer, record)
+            try:
+                await asyncio.to_thread(self._index.put_layer, record)
+            except CacheError as error:
+                if layer_id not in self._layers:  # unrecorded, its number could become another image's
+                    raise
+                _log.warning("that %s is used again could not be recorded: %s", url, error)
             self._records[layer_id] = record
             if layer_id not in self._layers:
                 self._layers[layer_id] = self._open_empty(record)
@@ -137,7 +147,9 @@ class Cache:
         return [(record.url, record.size_bytes, record.validator) for record in known]
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters, in slots and blocks, and what each layer has in slots; for JSON."""
+        """The engine's counters, in slots and blocks, what each layer has in slots, and why commits fail, if
+        they do: {"reason", "since" in seconds since 1970, "final": whether only a restart helps}; for JSON.
+        """
         layers = [
             {
                 "layer_id": layer_id,
@@ -147,7 +159,13 @@ class Cache:
             }
             for layer_id, layer in self._layers.items()
         ]
-        return {**self.engine.stats(), "session": self.session, "layers": layers}
+        failure = self.committer.failure
+        return {
+            **self.engine.stats(),
+            "session": self.session,
+            "layers": layers,
+            "commit_failure": asdict(failure) if failure else None,
+        }
 
     def check(self) -> list[Violation]:
         """The runnable invariants over all block maps; exact while nothing is being filled. Slow: every row

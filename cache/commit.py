@@ -36,6 +36,15 @@ class CommitReport:
     duration_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class CommitFailure:
+    """Why nothing is recorded at present: since when (Unix time), and whether only a restart helps (R7)."""
+
+    reason: str
+    since: float
+    final: bool
+
+
 class Committer:
     """Runs commit cycles for one cache. Engine calls are made on the event loop, what blocks in a thread of
     its own.
@@ -63,12 +72,23 @@ class Committer:
         self._running: asyncio.Task[CommitReport] | None = None
         self._next: asyncio.Task[CommitReport] | None = None
         self._refusal: str | None = None
+        self._failure: CommitFailure | None = None
         self._stopped = False
 
     @property
     def refusal(self) -> str | None:
         """Why no commit is tried any more; None while they are."""
-        return self._refusal
+        return self._refusal or self._index.broken
+
+    @property
+    def failure(self) -> CommitFailure | None:
+        """How the last cycle failed and the first of those that failed with it; None when it did not."""
+        if (
+            reason := self.refusal
+        ) is not None:  # the index may have been broken by another change than a commit
+            since = self._failure.since if self._failure else time.time()
+            self._failure = CommitFailure(reason, since, final=True)
+        return self._failure
 
     async def commit(self) -> CommitReport:
         """A whole cycle that begins after this call. CacheError when it failed or none is tried any more
@@ -93,8 +113,8 @@ class Committer:
         self._executor.shutdown()
 
     def _refuse(self) -> None:
-        if self._refusal is not None:
-            raise CacheError(self._refusal)
+        if (reason := self.refusal) is not None:
+            raise CacheError(reason)
 
     async def _cycle_after(self, previous: asyncio.Task[CommitReport] | None) -> CommitReport:
         if previous is not None:
@@ -116,12 +136,16 @@ class Committer:
             copies = {layer.layer_id: list(rows.items()) for layer, rows in taken.items() if rows}
             loop = asyncio.get_running_loop()
             written, deleted = await loop.run_in_executor(self._executor, self._persist, copies)
-        except BaseException:
+        except BaseException as error:
             for layer, rows in taken.items():
                 layer.put_back(rows)
             self._engine.commit_end(False)
+            if isinstance(error, Exception):
+                since = self._failure.since if self._failure else time.time()
+                self._failure = CommitFailure(str(error), since, final=self.refusal is not None)
             raise
         self._engine.commit_end(True)
+        self._failure = None
         return CommitReport(written, deleted, time.monotonic() - started_s)
 
     async def _take(self, layer: Layer, rows: dict[int, bytes]) -> None:
@@ -149,11 +173,7 @@ class Committer:
             raise CacheError(self._refusal) from None
         if not copies:
             return 0, 0
-        try:
-            return self._index.write_rows(copies)
-        except CacheError:
-            self._refusal = self._refusal or self._index.broken
-            raise
+        return self._index.write_rows(copies)
 
 
 def _retrieve(task: asyncio.Task[CommitReport]) -> None:

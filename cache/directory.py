@@ -34,7 +34,6 @@ from tierblk.cache.filesystem import (
 )
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
 from tierblk.errors import CacheError
-from tierblk.units import format_exact_size
 
 SUMS_BYTES_PER_SLOT = 64
 INDEX_RESERVE_BYTES = 4 << 20
@@ -105,10 +104,10 @@ def open_directory(
 ) -> Directory:
     """Opens the cache directory, or makes it when there is none yet; locked before anything is read.
 
-    size_bytes: cache.size, of which whole slots are used. run_dir: where daemons say who they are, to tell
-    one that holds the lock from one that was killed and whose last writes have not landed; for the latter it
-    waits lock_wait_s. CacheError for everything that can be wrong; then nothing was changed, and what a
-    creation had made is gone again.
+    size_bytes: cache.size, of which whole slots are used, for a directory that is made; one that is there
+    keeps its size (resize.py). run_dir: where daemons say who they are, to tell one that holds the lock from
+    one that was killed and whose last writes have not landed; for the latter it waits lock_wait_s. CacheError
+    for everything that can be wrong; then nothing was changed, and what a creation had made is gone again.
     """
     slot_count = size_bytes // SLOT_BYTES
     try:
@@ -121,7 +120,7 @@ def open_directory(
             else:
                 undo.callback(os.close, slots_fd)
                 _lock(slots_fd, path, run_dir, lock_wait_s)
-            directory = _check(path, slots_fd, slot_count, undo)
+            directory = _check(path, slots_fd, undo)
             undo.pop_all()
             return directory
     except OSError as error:
@@ -260,30 +259,24 @@ def _remove_index(path: Path) -> None:
         path.rmdir()
 
 
-def _check(path: Path, slots_fd: int, slot_count: int, undo: ExitStack) -> Directory:
-    """What the files say about themselves, against each other and against the configuration."""
+def _check(path: Path, slots_fd: int, undo: ExitStack) -> Directory:
+    """What the files say about themselves and against each other."""
     superblock, damaged = superblocks.choose(_read_copies(slots_fd), str(path / SLOTS))
-    if superblock.slot_count != slot_count:
-        made, asked = superblock.slot_count * SLOT_BYTES, slot_count * SLOT_BYTES
-        raise CacheError(
-            f"the cache in {path} has a size of {format_exact_size(made)}, "
-            f"the configuration says {format_exact_size(asked)}",
-            f'set cache.size = "{format_exact_size(made)}", or use another directory',
-        )
     sums_fd = os.open(path / SUMS, os.O_RDWR | os.O_CLOEXEC)
     undo.callback(os.close, sums_fd)
-    _check_length(path / SLOTS, slots_fd, slot_count * SLOT_BYTES)
-    _check_length(path / SUMS, sums_fd, slot_count * SUMS_BYTES_PER_SLOT)
+    _check_length(path / SLOTS, slots_fd, superblock.slot_count * SLOT_BYTES)
+    _check_length(path / SUMS, sums_fd, superblock.slot_count * SUMS_BYTES_PER_SLOT)
     if damaged:
         _log.warning("%s: one of the two superblocks is damaged; the other one is used", path / SLOTS)
     return Directory(path, slots_fd, sums_fd, superblock)
 
 
-def _check_length(path: Path, descriptor: int, expected_bytes: int) -> None:
+def _check_length(path: Path, descriptor: int, least_bytes: int) -> None:
+    """A file that is longer is what a resize left that did not end; resize.py cuts it."""
     length = os.fstat(descriptor).st_size
-    if length != expected_bytes:
+    if length < least_bytes:
         raise CacheError(
-            f"{path} is damaged: it has {length} bytes, its superblock says {expected_bytes}",
+            f"{path} is damaged: it has {length} bytes, its superblock says {least_bytes}",
             "remove the cache directory to begin with an empty one",
         )
 

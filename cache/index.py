@@ -16,6 +16,7 @@ py-lmdb's verifier, which only reads bytes, and is opened only when every page t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -45,8 +46,13 @@ _BEGIN_ANEW = "remove the cache directory to begin with an empty one"
 _MAP_BYTES_LEAST = 1 << 30
 _MAP_BYTES_PER_SLOT = 4096
 # The file grows by fallocate before a transaction, so that a full disk is met here and not in the middle of a
-# commit: what a transaction may need at most, and always this much more.
+# commit: to what the transaction may need at most and a reserve, in whole steps. What it did not need is
+# given back afterwards.
 _GROW_BYTES = 1 << 20
+_RESERVE_BYTES = 512 << 10
+_OTHER_PAGES = 16
+
+_log = logging.getLogger(__name__)
 
 Rows = Mapping[int, Iterable[tuple[int, bytes]]]
 
@@ -107,8 +113,10 @@ def open_index(path: Path, uuid: UUID, slot_count: int) -> Index:
         raise CacheError(f"the cache's index is missing: there is no {data}", _BEGIN_ANEW)
     try:
         faults = list(map(str, verify.verify(str(data))))  # type: ignore[no-untyped-call]
-    except (verify.VerifyError, OSError) as error:
+    except verify.VerifyError as error:
         faults = [str(error)]
+    except OSError as error:  # the disk's fault: nothing is known of the bytes
+        raise CacheError(f"the cache's index {data} cannot be read: {error.strerror}") from None
     if faults:
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise CacheError(f"the cache's index {data} is damaged: {faults[0]}{more}", _BEGIN_ANEW)
@@ -132,6 +140,7 @@ class Index:
         self.path = path
         self._writing = Lock()  # also: the map grows only while no transaction runs
         self.broken: str | None = None  # why no change is accepted any more
+        self._map_full = False
         with self._translated("opened"):
             self._env = lmdb.open(
                 str(path),
@@ -160,6 +169,9 @@ class Index:
         """lmdb.Error -> CacheError, here and nowhere else."""
         try:
             yield
+        except lmdb.MapFullError:
+            self._map_full = True
+            raise CacheError(f"the cache's index {self.path} is full") from None
         except lmdb.ReadonlyError:
             raise CacheError(
                 f"the cache's index {self.path} cannot be written: the filesystem or the file is read-only"
@@ -193,11 +205,13 @@ class Index:
                 txn.abort()
                 raise
             self._commit(txn)
+            self._give_back()
 
     def _commit(self, txn: lmdb.Transaction[bytes]) -> None:
         try:
             txn.commit()
         except lmdb.MapFullError:  # found before anything is written
+            self._map_full = True
             raise CacheError(f"the cache's index {self.path} is full") from None
         except lmdb.Error as error:
             self.broken = (
@@ -206,26 +220,51 @@ class Index:
             )
             raise CacheError(self.broken) from None
 
+    def _room(self, rows: int) -> tuple[int, int]:
+        """(bytes in use, bytes that a transaction which writes or deletes that many rows adds at most)."""
+        with self._translated("read"), self._env.begin() as txn:
+            tree, used = txn.stat(self._rows_db), self._env.info()["last_pgno"] + 1
+        # It copies the pages that it changes, each row's path from the root and a neighbour that is merged
+        # with, at most all; a leaf has two new rows at least; the rest is for the other trees and the list of
+        # free pages.
+        pages = tree["branch_pages"] + tree["leaf_pages"]
+        more = min((tree["depth"] + 1) * rows, pages) + rows // 2
+        more += (more + pages) // 128 + _OTHER_PAGES
+        return used * tree["psize"], more * tree["psize"]
+
     def _grow(self, rows: int) -> None:
         """Room in the file, and in the map, for a transaction that writes or deletes that many rows."""
-        with self._translated("read"), self._env.begin() as txn:
-            tree, info = txn.stat(self._rows_db), self._env.info()
-        # A transaction copies the pages that it changes, at most all; a leaf has two new rows at least.
-        tree_pages = tree["branch_pages"] + tree["leaf_pages"]
-        pages = info["last_pgno"] + 1 + min(2 * rows, tree_pages) + rows // 2
-        needed_bytes = pages * tree["psize"] + _GROW_BYTES // 4
-        if needed_bytes > info["map_size"]:
+        needed_bytes = sum(self._room(rows))
+        map_bytes = self._env.info()["map_size"]
+        if self._map_full or needed_bytes > map_bytes:
             with self._translated("given more room"):
-                self._env.set_mapsize(2 * needed_bytes)
+                self._env.set_mapsize(2 * max(needed_bytes, map_bytes))
+            self._map_full = False
         path = self.path / DATA_FILE
         try:
-            if path.stat().st_size < needed_bytes:
-                _allocate(path, -(-needed_bytes // _GROW_BYTES) * _GROW_BYTES)
+            size_bytes = path.stat().st_size
+            if size_bytes < needed_bytes + _RESERVE_BYTES:
+                _allocate(path, _whole_steps(needed_bytes + _RESERVE_BYTES))
         except OSError as error:
+            if is_no_space(error) and size_bytes >= needed_bytes:
+                return  # what the reserve is for: to forget blocks needs no room on a full disk
             reason = error.strerror
             if is_no_space(error):
                 reason = f"its disk is full, {format_size(free_bytes(self.path))} are free"
             raise CacheError(f"the cache's index {path} cannot grow: {reason}") from None
+
+    def _give_back(self) -> None:
+        """Cuts what a large transaction was given and did not need; the reserve stays. Never a page that was
+        ever used: readers may have it mapped.
+        """
+        used_bytes, _ = self._room(rows=0)
+        path = self.path / DATA_FILE
+        keep_bytes = _whole_steps(used_bytes + _RESERVE_BYTES) + _GROW_BYTES
+        try:
+            if path.stat().st_size > keep_bytes:
+                os.truncate(path, keep_bytes)
+        except OSError as error:
+            _log.warning("%s could not be cut: %s", path, error.strerror)
 
     def put_session(self, txn: lmdb.Transaction[bytes], session: int, clean: bool) -> None:
         """Part of a transaction: the session, and whether it has ended in order."""
@@ -261,11 +300,13 @@ class Index:
                 f"the cache's index {self.path} is damaged: the record of a layer cannot be read", _BEGIN_ANEW
             ) from None
 
-    def rows(self, layer_id: int) -> Iterator[tuple[int, bytes]]:
-        """(row, packed) of a layer, ascending, as one snapshot; packed is as stored, good or not."""
+    def rows(self, layer_id: int, first: int = 0) -> Iterator[tuple[int, bytes]]:
+        """(row, packed) of a layer from row `first` on, ascending, as one snapshot; packed is as stored, good
+        or not. Nothing may be changed before the iterator is exhausted or closed.
+        """
         prefix = _ID.pack(layer_id)
         with self._translated("read"), self._env.begin(db=self._rows_db) as txn, txn.cursor() as cursor:
-            if not cursor.set_range(prefix):
+            if not cursor.set_range(_ROW_KEY.pack(layer_id, first)):
                 return
             for key, value in cursor.iternext():
                 if not key.startswith(prefix):
@@ -327,6 +368,10 @@ class Index:
         """The session ended in order: the index is exact."""
         with self.changing(rows=0) as txn:
             self.put_session(txn, session, clean=True)
+
+
+def _whole_steps(size_bytes: int) -> int:
+    return -(-size_bytes // _GROW_BYTES) * _GROW_BYTES
 
 
 def _allocate(path: Path, size_bytes: int) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tierblk.cache.rows import Entry, entries_of, unpack_row
+from tierblk.cache.rows import NO_ENTRY, Entry, entries_of, unpack_row
+from tierblk.cache.superblock import Superblock
 from tierblk.core import ENTRIES_PER_ROW, crc32c
 from tierblk.extent import BLOCK_BYTES, PAGE_BYTES, PAGES_PER_BLOCK, block_count
 
@@ -73,8 +74,12 @@ def check(layers: Iterable[LayerRows], slot_count: int, counts: SlotCounts | Non
     return violations
 
 
-def check_index(index: Iterable[LayerRows], maps: Iterable[LayerRows]) -> list[Violation]:
-    """I4 between crash and now: a slot that the durable index names has had no other owner since."""
+def check_index(
+    index: Iterable[LayerRows], maps: Iterable[LayerRows], counts: SlotCounts | None = None
+) -> list[Violation]:
+    """I4 between crash and now: a slot that the durable index names has had no other owner since, and is not
+    free either (R8). counts: of the engine that has these maps.
+    """
     violations: list[Violation] = []
     owners = {
         entry.slot: (layer.layer_id, block)
@@ -82,6 +87,7 @@ def check_index(index: Iterable[LayerRows], maps: Iterable[LayerRows]) -> list[V
         for block, entry in _entries(layer, violations)
         if entry.slot
     }
+    only_index = set[int]()
     for layer in index:
         for block, entry in _entries(layer, violations):
             here = (layer.layer_id, block)
@@ -90,7 +96,50 @@ def check_index(index: Iterable[LayerRows], maps: Iterable[LayerRows]) -> list[V
                     f"the index names slot {entry.slot}, which block {other[1]} of layer {other[0]} has now"
                 )
                 violations.append(Violation("I4", *here, text))
+            if entry.slot and entry.slot not in owners:
+                only_index.add(entry.slot)
+    if counts is not None and len(only_index) > counts.quarantined + counts.bad:
+        text = (
+            f"only the index names {len(only_index)} slots, {counts.quarantined} are in quarantine and "
+            f"{counts.bad} bad: the others are free, and could be written before the index forgets them"
+        )
+        violations.append(Violation("R8", None, None, text))
     return violations
+
+
+def check_committed(index: Iterable[LayerRows], maps: Iterable[LayerRows]) -> list[Violation]:
+    """R6 while nothing counts as changed and no cycle runs: the durable index says what the maps say, of
+    every block; nothing would ever write a row that differs. A row goes only when nothing is left of it (R2).
+    """
+    violations: list[Violation] = []
+    durable, current = (
+        {(layer.layer_id, block): entry for layer in side for block, entry in _entries(layer, violations)}
+        for side in (index, maps)
+    )
+    for here in sorted(durable.keys() | current.keys()):
+        if (said := durable.get(here, NO_ENTRY)) != (now := current.get(here, NO_ENTRY)):
+            text = (
+                f"the index says {_shown(said)}, the map {_shown(now)}, and the row does not count as changed"
+            )
+            violations.append(Violation("R6", *here, text))
+    return violations
+
+
+def check_session(
+    superblock: Superblock, index_session: int, index_clean: bool, *, running: bool
+) -> list[Violation]:
+    """R8: slots and index are of the same time. running: while a daemon has them, who may write slots."""
+    texts = []
+    if not superblock.confirmed <= index_session <= superblock.session:
+        texts.append(
+            f"the index is of session {index_session}, the slots of {superblock.confirmed} to "
+            f"{superblock.session}: what it names cannot be trusted"
+        )
+    if running and superblock.confirmed != superblock.session:
+        texts.append(f"session {superblock.session} is served and the slots do not say so")
+    if running and index_clean:
+        texts.append("slots may be written while the index says that the last session ended in order")
+    return [Violation("R8", None, None, text) for text in texts]
 
 
 def check_bytes(
@@ -104,13 +153,26 @@ def check_bytes(
     violations: list[Violation] = []
     for layer in layers:
         for block, entry in _entries(layer, violations):
+            if not entry.cached & ~entry.dirty:
+                continue
+            data = read(entry.slot * BLOCK_BYTES, BLOCK_BYTES)
+            kept = sums[entry.slot * PAGES_PER_BLOCK * SUM_BYTES :][: PAGES_PER_BLOCK * SUM_BYTES]
+            if len(data) != BLOCK_BYTES or len(kept) != PAGES_PER_BLOCK * SUM_BYTES:
+                text = f"slot {entry.slot} lies beyond the end of the slots file or of its sums"
+                violations.append(Violation("I5", layer.layer_id, block, text))
+                continue
             for page in _pages(entry.cached & ~entry.dirty):
-                data = read(entry.slot * BLOCK_BYTES + page * PAGE_BYTES, PAGE_BYTES)
-                at = (entry.slot * PAGES_PER_BLOCK + page) * SUM_BYTES
-                if crc32c(data) != int.from_bytes(sums[at : at + SUM_BYTES], "little"):
+                expected = int.from_bytes(kept[page * SUM_BYTES : (page + 1) * SUM_BYTES], "little")
+                if crc32c(data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]) != expected:
                     text = f"page {page} in slot {entry.slot} is not what was written there"
                     violations.append(Violation("I5", layer.layer_id, block, text))
     return violations
+
+
+def _shown(entry: Entry) -> str:
+    slot, *masks = entry
+    named = zip(("present", "cached", "zero", "dirty"), masks, strict=True)
+    return f"slot {slot}" + "".join(f" {name} {mask:#06x}" for name, mask in named if mask)
 
 
 def _pages(mask: int) -> Iterator[int]:
@@ -151,6 +213,10 @@ def _check_masks(layer: LayerRows, block: int, entry: Entry) -> Iterator[Violati
         yield violation("I3", f"dirty pages are nowhere: {entry.dirty & ~(entry.cached | entry.zero):#06x}")
     if layer.kind == "base" and entry.dirty:
         yield violation("I3", f"pages of a base, which nobody writes, are dirty: {entry.dirty:#06x}")
+    if layer.kind == "base" and entry.present & ~entry.dirty:
+        yield violation("R9", f"pages of a base, which nobody writes, are present: {entry.present:#06x}")
+    if layer.kind == "base" and entry.slot and not entry.cached:
+        yield violation("R2", f"slot {entry.slot} is held by a block of which nothing is cached")
 
 
 def _check_slot(

@@ -32,19 +32,24 @@ class Loaded:
     )  # (layer id, row) that cannot be believed
 
 
-def load(engine: Engine, index: Index, maps: Maps, superblock: Superblock) -> Loaded:
-    """Loads every layer that the index knows. `superblock`: as the last session left it. Changes nothing
-    durable.
-
-    CacheError when something is there that must not be dropped and cannot be served; OSError from the engine.
-    """
-    meta, records = index.meta(), index.layers()
-    for record in records:
+def refuse_what_cannot_be_served(index: Index) -> None:
+    """CacheError for a layer of a kind that this version does not know: before anything is changed."""
+    for record in index.layers():
         if record.kind != "base":
             raise CacheError(
                 f"the index in {index.path} holds a {record.kind}, which this version cannot serve",
                 "use the version of tierblk that made it",
             )
+
+
+def load(engine: Engine, index: Index, maps: Maps, superblock: Superblock) -> Loaded:
+    """Loads every layer that the index knows. `superblock`: as the last session left it. Changes nothing
+    durable.
+
+    CacheError when something is there that must not be dropped and cannot be served; OSError from the engine.
+    refuse_what_cannot_be_served comes before.
+    """
+    meta, records = index.meta(), index.layers()
     if not is_current(meta.session, superblock):
         _log.warning(
             "%s is of session %d, the slots are of %d to %d: what is cached cannot be trusted and is dropped",

@@ -4,7 +4,7 @@
 
 The header says for which boot, cache, session and layer the entries hold. It is written after they are
 complete, so a daemon that is killed while it loads a map leaves a file without one. The entries are the C
-core's.
+core's; only a resize, when nobody serves them, changes some.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import ENXIO
 from pathlib import Path
 from uuid import UUID
 
 from tierblk.cache.filesystem import MEMORY_FILESYSTEMS, filesystem_type
+from tierblk.cache.rows import Entry
 from tierblk.cache.start import is_current
 from tierblk.cache.superblock import Superblock
 from tierblk.core import MAP_HEADER_BYTES, crc32c, map_bytes
@@ -25,6 +28,11 @@ from tierblk.extent import block_count
 
 MAP_VERSION = 1  # rises with every change of the header or of the core's entry (tb_entry)
 MAGIC = b"TBMAP\0\0\0"
+
+ENTRY_BYTES = 32
+_ENTRY = struct.Struct("<IHHHH")  # of the core's entry: slot, present, cached, zero, dirty
+_SLOT = struct.Struct("<I28x")
+_READ_BYTES = 1 << 20
 
 _FIELDS = struct.Struct("<8sII16s16sQQ")
 _CRC = struct.Struct("<I")
@@ -68,6 +76,21 @@ def unpack_stamp(header: bytes) -> Stamp | None:
     return Stamp(UUID(bytes=boot_id), UUID(bytes=cache_uuid), session, layer_id, blocks)
 
 
+def _data_extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(from, to) in bytes of what a sparse file has between two offsets. OSError."""
+    while start < end:
+        try:
+            start = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == ENXIO:  # nothing but a hole is left
+                return
+            raise
+        stop = min(end, os.lseek(descriptor, start, os.SEEK_HOLE))
+        if start < stop:
+            yield start, stop
+        start = stop
+
+
 def boot_id() -> UUID:
     """The kernel's name for the time since it was booted."""
     return UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -93,6 +116,8 @@ class Maps:
         """The descriptor of a layer's map if it is as new as the slots, else None. `superblock`: as it was
         found.
         """
+        if layer_id in self._descriptors:  # a resize has looked into it before
+            return self._descriptors[layer_id]
         blocks = block_count(size_bytes)
         try:
             descriptor = os.open(self._file(layer_id), os.O_RDWR | os.O_CLOEXEC)
@@ -131,6 +156,40 @@ class Maps:
             os.pwrite(self._descriptors[layer_id], pack_stamp(stamp), 0)
         except OSError as error:
             raise CacheError(f"cannot write the block map {self._file(layer_id)}: {error.strerror}") from None
+
+    def entries_in(self, layer_id: int, slots: range) -> Iterator[Entry]:
+        """The entries of an open map that no daemon serves whose slot is one of these. CacheError."""
+        return (entry for _, entry in self._find(layer_id, slots))
+
+    def forget_slots(self, layer_id: int, slots: range) -> None:
+        """Takes these slots, and what is cached in them, from an open map that no daemon serves.
+
+        CacheError.
+        """
+        for offset_bytes, entry in self._find(layer_id, slots):
+            kept = _ENTRY.pack(0, entry.present, 0, entry.zero, entry.dirty & entry.zero)
+            try:
+                os.pwrite(self._descriptors[layer_id], kept, offset_bytes)
+            except OSError as error:
+                raise self._unusable(layer_id, "written", error) from None
+
+    def _find(self, layer_id: int, slots: range) -> Iterator[tuple[int, Entry]]:
+        """(offset in the file in bytes, entry) of every entry with one of these slots."""
+        descriptor = self._descriptors[layer_id]
+        end = MAP_HEADER_BYTES + self._blocks[layer_id] * ENTRY_BYTES
+        try:
+            for start, stop in _data_extents(descriptor, MAP_HEADER_BYTES, end):
+                for at in range(start, stop, _READ_BYTES):
+                    data = os.pread(descriptor, min(_READ_BYTES, stop - at), at)
+                    for number, (slot,) in enumerate(_SLOT.iter_unpack(data)):
+                        if slot in slots:
+                            offset = number * ENTRY_BYTES
+                            yield at + offset, Entry._make(_ENTRY.unpack_from(data, offset))
+        except OSError as error:
+            raise self._unusable(layer_id, "read", error) from None
+
+    def _unusable(self, layer_id: int, what: str, error: OSError) -> CacheError:
+        return CacheError(f"the block map {self._file(layer_id)} cannot be {what}: {error.strerror}")
 
     def remove_others(self) -> None:
         """Removes map files that no layer of this session has."""

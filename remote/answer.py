@@ -1,8 +1,8 @@
 """What the answer to a range request must look like, and what is wrong with it when it does not. No I/O.
 
-The same checks run twice for a body that goes straight into the caller's buffer: in the protocol, before the
-first byte lands there (I6), and again by the client, which raises what they found. The table of verdicts is
-in http.py.
+For a body that goes straight into the caller's buffer the checks run in the protocol, before the first byte
+lands there (I6); the client runs them for all others, and raises what they find. The table of verdicts is in
+http.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import Self
 
-from tierblk.errors import RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.errors import RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.remote.source import REPIN_HINT
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 WORTH_RETRYING = frozenset({408, 429})  # and every 5xx
 
 _CONTENT_RANGE = re.compile(r"bytes +(\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII | re.IGNORECASE)
+_UNSATISFIED = re.compile(r"bytes +\*/(\d{1,19})", re.ASCII | re.IGNORECASE)
 _STRONG_ETAG = re.compile(r'"[\x20\x21\x23-\x7e]*"')
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,1024}")
 
@@ -25,7 +30,6 @@ NO_RANGES_HINT = (
     "put the file on a server that answers range requests (nginx, Apache and every object store do), "
     "or download it and use file:///PATH"
 )
-REPIN_HINT = "put the old version back, or attach the new one as a device of its own"
 
 _CLIENT_ERRORS: dict[int, tuple[str, str | None]] = {
     401: ("the server wants to know who asks (401)", "put the credentials into the table [remote.headers]"),
@@ -35,7 +39,7 @@ _CLIENT_ERRORS: dict[int, tuple[str, str | None]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pin:
     """The version of an object, as one answer described it; etag as it was sent, a leading W/ included."""
 
@@ -43,7 +47,7 @@ class Pin:
     etag: str | None
     last_modified: str | None
 
-    @property
+    @cached_property  # asked for several times a request
     def strong_etag(self) -> str | None:
         """The ETag when equal ETags promise equal bytes; a weak one does not, nor does one without quotes."""
         return self.etag if self.etag and _STRONG_ETAG.fullmatch(self.etag) else None
@@ -63,6 +67,7 @@ class Pin:
         kind, _, value = validator.partition(":")
         return cls(size_bytes, value if kind == "etag" else None, value if kind == "last-modified" else None)
 
+    @cached_property
     def conditions(self) -> dict[str, str]:
         """Request headers that make the server itself refuse another version (412)."""
         # If-Match compares strongly: a weak ETag never matches itself, so it is not sent.
@@ -122,7 +127,7 @@ class Want:
 
     def headers(self) -> dict[str, str]:
         """Identity coding: ranges of a compressed representation are ranges of something else."""
-        conditions = self.pin.conditions() if self.pin else {}
+        conditions = self.pin.conditions if self.pin else {}
         return {
             "Range": f"bytes={self.offset_bytes}-{self.last_byte}",
             "Accept-Encoding": "identity",
@@ -146,18 +151,18 @@ def check_partial(status: int, headers: Mapping[str, str], want: Want) -> Pin:
         raise _status_error(status, headers, want)
     coding = headers.get("Content-Encoding", "identity").strip()
     if coding.lower() not in ("", "identity"):
-        raise RemoteRefused(
+        raise RemoteMismatch(
             f"{want.asked} as they are, but they came with Content-Encoding {quoted(coding)}",
             "switch compression off for this file on the server",
         )
     if headers.get("Content-Type", "").strip().lower().startswith("multipart/byteranges"):
-        raise RemoteRefused(f"{want.asked}, one range, but got a multipart/byteranges answer")
+        raise RemoteMismatch(f"{want.asked}, one range, but got a multipart/byteranges answer")
     now = Pin(_check_range(headers, want), _printable(headers, "ETag"), _printable(headers, "Last-Modified"))
     if want.pin is not None and not want.pin.same_version(now):
-        raise changed(want, now)
+        raise changed(want, now, RemoteMismatch)  # with If-Match it should have been a 412
     length = headers.get("Content-Length")
     if length is not None and length.strip() != str(want.length_bytes):
-        raise RemoteRefused(
+        raise RemoteMismatch(
             f"{want.asked}, {want.length_bytes} bytes, but got an answer with Content-Length {quoted(length)}"
         )
     return now
@@ -168,28 +173,26 @@ def is_exact_length(headers: Mapping[str, str], want: Want) -> bool:
     return headers.get("Content-Length") == str(want.length_bytes) and "Transfer-Encoding" not in headers
 
 
-def changed(want: Want, now: Pin | None) -> RemoteRefused:
+def changed(want: Want, now: Pin | None, kind: type[RemoteRefused] = RemoteRefused) -> RemoteRefused:
     """The error that names both versions; now None: the server did not say what it has."""
     opened = want.pin.describe() if want.pin else "another version"
     has = f"has {now.describe()}" if now else "does not have that version any more (412)"
-    return RemoteRefused(
-        f"{want.url} has changed: it was opened as {opened}, and the server now {has}", REPIN_HINT
-    )
+    return kind(f"{want.url} has changed: it was opened as {opened}, and the server now {has}", REPIN_HINT)
 
 
 def _check_range(headers: Mapping[str, str], want: Want) -> int:
     """The object's total size, once the Content-Range proved to be the range asked for."""
     text = headers.get("Content-Range")
     if text is None:
-        raise RemoteRefused(f"{want.asked}, but the 206 answer has no Content-Range")
+        raise RemoteMismatch(f"{want.asked}, but the 206 answer has no Content-Range")
     match = _CONTENT_RANGE.fullmatch(text.strip())
     if match is None:
-        raise RemoteRefused(
+        raise RemoteMismatch(
             f"{want.asked}, but the answer's Content-Range {quoted(text)} does not say which it has"
         )
     first, last, total = map(int, match.groups())
     if (first, last) != (want.offset_bytes, want.last_byte) or total <= last:
-        raise RemoteRefused(f"{want.asked}, but got Content-Range {quoted(text)}")
+        raise RemoteMismatch(f"{want.asked}, but got Content-Range {quoted(text)}")
     return total
 
 
@@ -201,27 +204,48 @@ def _printable(headers: Mapping[str, str], name: str) -> str | None:
 
 def _status_error(status: int, headers: Mapping[str, str], want: Want) -> TierblkError:
     if status in WORTH_RETRYING or 500 <= status <= 599:
-        return RemoteUnavailable(f"{want.asked}, but the server cannot answer now (status {status})")
+        return RemoteUnavailable(
+            f"{want.asked}, but the server cannot answer now (status {status})",
+            retry_after_s=_retry_after_s(headers),
+        )
     if _is_empty(status, headers, want):
         return RemoteRefused(
             f"{want.url} is empty (0 bytes)", "an image has at least one sector of 512 bytes"
         )
     if status == 200:
-        return RemoteRefused(
+        return RemoteMismatch(
             f"{want.asked}, but the server ignored the range and answered 200 with the whole file",
             NO_RANGES_HINT,
         )
     if status == 412:
         return changed(want, None)
     if status == 416:
-        has = quoted(headers.get("Content-Range", "no Content-Range"))
-        return RemoteRefused(
+        text = headers.get("Content-Range", "no Content-Range")
+        size, has = _UNSATISFIED.fullmatch(text.strip()), quoted(text)
+        if size is not None and want.pin is not None and int(size[1]) != want.pin.size_bytes:
+            return changed(want, Pin(int(size[1]), _printable(headers, "ETag"), None))
+        return RemoteMismatch(
             f"{want.asked}, but the server says that the file does not reach so far (416, {has})"
         )
     if status in _CLIENT_ERRORS:
         what, hint = _CLIENT_ERRORS[status]
         return RemoteRefused(f"{want.asked}, but {what}", hint)
-    return RemoteRefused(f"{want.asked} and expected 206, but got status {status}")
+    kind = RemoteRefused if status >= 400 else RemoteMismatch
+    return kind(f"{want.asked} and expected 206, but got status {status}")
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """What Retry-After says: seconds, or a date. None when it is absent or says neither."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        date = parsedate_to_datetime(text)
+        if date.tzinfo is None:  # "-0000": UTC, somewhere
+            date = date.replace(tzinfo=UTC)
+        return max(0.0, (date - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
 
 
 def _is_empty(status: int, headers: Mapping[str, str], want: Want) -> bool:

@@ -7,10 +7,10 @@ aiohttp's parser gets the head alone; after it, when the head passed every check
 request. At most what came along with the head is copied. TLS works the same way, the SSL protocol of asyncio
 decrypts into what get_buffer returns.
 
-This rests on private names of aiohttp: BaseConnector._factory, and ResponseHandler._parser, _payload and
-_reschedule_timeout; and on set_response_params beginning each exchange and feed_data ending each head. So
-aiohttp is pinned to one release, `fault` tries the whole path in memory before it is used, and whoever does
-not find the body in the sink reads it the ordinary way.
+This rests on private names of aiohttp: BaseConnector._factory, and _get and _conns (for reads that want a new
+connection); ResponseHandler._parser, _payload and _reschedule_timeout; and on set_response_params beginning
+each exchange and feed_data ending each head. So aiohttp is pinned to one release, `fault` tries the whole
+path in memory before it is used, and whoever does not find the body in the sink reads it the ordinary way.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from aiohttp import TCPConnector
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
+from aiohttp.connector import Connection
 
 HEAD_READ_BYTES = 4096  # little: what arrives with the head is what must be copied
 HEAD_BYTES_MAX = 64 * 1024  # above it the parser, which has limits of its own, may say what is wrong
@@ -81,6 +84,19 @@ class Sink:
 # The one way to hand something to the protocol of the connection that aiohttp will pick: set_response_params
 # runs in the task that makes the request, once for each exchange.
 CURRENT_SINK: ContextVar[Sink | None] = ContextVar("tierblk_current_sink", default=None)
+
+
+_NEW_CONNECTION: ContextVar[bool] = ContextVar("tierblk_new_connection", default=False)
+
+
+@contextmanager
+def on_new_connection() -> Iterator[None]:
+    """What is asked in here does not go over a connection that is already there."""
+    token = _NEW_CONNECTION.set(True)
+    try:
+        yield
+    finally:
+        _NEW_CONNECTION.reset(token)
 
 
 class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
@@ -216,6 +232,14 @@ class DirectConnector(TCPConnector):
         self._factory = functools.partial(  # type: ignore[assignment]  # partial is invariant
             DirectHandler, loop=loop, scratch=scratch
         )
+
+    async def _get(self, key: ConnectionKey, traces: list[Any]) -> Connection | None:
+        """An idle connection for the request that is made now; None: a new one shall be made."""
+        if not _NEW_CONNECTION.get():
+            return await super()._get(key, traces)
+        for idle, _ in self._conns.pop(key, ()):
+            idle.close()  # what made the caller distrust one makes all of them suspicious
+        return None
 
 
 def fault() -> str | None:

@@ -1,71 +1,53 @@
-"""The one place through which all reads of a source go: how many at once, and what happens when one fails."""
+"""The one place through which all reads of a source go: how many at once, and what happens when one fails.
+
+pace.py says who may go, race.py makes a try, retry.py says whether there is another, outage.py what happens
+while the source is away.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from tierblk.errors import RemoteUnavailable, TierblkError
-from tierblk.remote.source import Progress, Source
+from tierblk.remote.hedge import Budget, Latencies
+from tierblk.remote.outage import Outage
+from tierblk.remote.pace import Places, Ticket
+from tierblk.remote.race import Desk, FetchCounters, Job, Race, Replaced
+from tierblk.remote.retry import Retries
+from tierblk.remote.source import Progress, Renewable, Source
 
 if TYPE_CHECKING:
     from tierblk.config import RemoteSettings
 
 log = logging.getLogger(__name__)
 
-DELAY_MAX_S = 30.0
+TELL_S = 1.0  # how often a fetch says that it is in trouble
+WARN_S = 1.0  # how often a wrong answer is worth a line
 
 
-def plan_windows(blocks: Sequence[int], max_blocks: int) -> list[range]:
-    """The requests that fetch these blocks: neighbours together, at most max_blocks (>= 1) in one.
+class Health(TypedDict):
+    """How a source does, for status. since: Unix time. next_try_s: in how many seconds it is asked again;
+    None: at the next miss. waiting: fetches that wait for it to come back."""
 
-    blocks: any order, repetitions allowed. The ranges are sorted, do not overlap, and hold exactly these
-    blocks.
-    """
-    if max_blocks < 1:
-        raise ValueError(f"a window has at least one block, not {max_blocks}")
-    windows: list[range] = []
-    for block in sorted(set(blocks)):
-        last = windows[-1] if windows else None
-        if last is not None and block == last.stop and len(last) < max_blocks:
-            windows[-1] = range(last.start, block + 1)
-        else:
-            windows.append(range(block, block + 1))
-    return windows
+    state: Literal["ok", "degraded", "refused"]
+    since: float | None
+    reason: str | None
+    next_try_s: float | None
+    waiting: int
 
 
-def backoff_s(attempt: int, first_s: float, chance: float) -> float:
-    """How long to wait before retry number attempt (from 0): doubling, capped, and spread over its upper
-    half.
-
-    chance: in [0, 1). The spread keeps clients that failed together from coming back together.
-    """
-    longest_s = min(first_s * 2.0 ** min(attempt, 64), DELAY_MAX_S)
-    return longest_s * (0.5 + 0.5 * chance)
-
-
-@dataclass
-class FetchCounters:
-    """What a fetcher did so far.
-
-    requests: reads begun, retries included; answers that a redirect added are not seen here. fetched_bytes:
-    bytes that arrived, each counted once. retries: reads that continued a failed one. errors: fetches that
-    were given up. in_flight: reads that run now.
-    """
-
-    requests: int = 0
-    fetched_bytes: int = 0
-    retries: int = 0
-    errors: int = 0
-    in_flight: int = 0
+def _never() -> bool:
+    return False
 
 
 class Fetcher:
-    """Reads of one source: at most max_requests at once, first come first served, with bounded retries."""
+    """Reads of one source, as many at once and as fast as the settings allow, demand before readahead."""
 
     def __init__(
         self,
@@ -74,62 +56,153 @@ class Fetcher:
         *,
         rng: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """rng: uniform in [0, 1). sleep: waits that many seconds. Arguments, so that tests need no clock."""
+        """rng: uniform in [0, 1). sleep: waits that many seconds. clock: the time that the running loop
+        counts. Arguments, so that tests decide what time it is."""
         self.source = source
-        self.counters = FetchCounters()
-        self._slots = asyncio.Semaphore(settings.max_requests)
-        self._retries = settings.retries
-        self._retry_delay_s = settings.retry_delay
+        self._settings = settings
         self._rng = rng
         self._sleep = sleep
+        self._clock = clock
+        self._outage = Outage(source.identity.url, rng, clock)
+        self._places = Places(
+            settings.max_requests,
+            clock,
+            request_rate=settings.max_request_rate,
+            bandwidth=settings.max_bandwidth,
+        )
+        self._desk = Desk(
+            read=source.read_into,
+            read_anew=source.read_anew if isinstance(source, Renewable) else None,
+            clock=clock,
+            places=self._places,
+            outage=self._outage,
+            latencies=Latencies(settings.read_timeout),
+            budget=Budget(settings.hedge_percent),
+        )
+        self._refused: tuple[float, TierblkError] | None = None  # since when (Unix time), why
+        self._pausing = 0
+        self._warned_s = -math.inf
 
-    async def fetch(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
-        """Fill the buffer with the source's bytes from offset_bytes on; see Source.read_into for the
-        promises.
+    @property
+    def counters(self) -> FetchCounters:
+        """What it did so far."""
+        self._desk.counters.waiting = self._places.waiting
+        return self._desk.counters
 
-        A read that fails with RemoteUnavailable goes on behind the bytes that it brought, after a pause in
-        which its place is free for others. Raises the last error when the retries are used up, RemoteRefused
-        at once.
-        """
-        arrived_bytes = 0
+    def health(self) -> Health:
+        """How the source does, as far as the fetches know."""
+        outage, waiting = self._outage, self._outage.waiting + self._pausing
+        next_s = outage.next_probe_s
+        if outage.since is not None:
+            reason = str(outage.error or f"{self.source.identity.url} is silent")
+            return Health(
+                state="degraded", since=outage.since, reason=reason, next_try_s=next_s, waiting=waiting
+            )
+        if self._refused is not None:
+            since, error = self._refused
+            reason = f"{error} ({error.hint})" if error.hint else str(error)
+            return Health(state="refused", since=since, reason=reason, next_try_s=None, waiting=waiting)
+        return Health(state="ok", since=None, reason=None, next_try_s=None, waiting=waiting)
 
-        def arrive(count: int) -> None:
-            nonlocal arrived_bytes
-            self.counters.fetched_bytes += count - arrived_bytes
-            arrived_bytes = count
-            progress(count)
-
-        for attempt in range(self._retries + 1):
-            try:
-                await self._attempt(offset_bytes, buffer, arrived_bytes, arrive)
-                return
-            except RemoteUnavailable as error:
-                if arrived_bytes == len(buffer):
-                    return  # it failed behind the last byte
-                if attempt == self._retries:
-                    self.counters.errors += 1
-                    raise
-                delay_s = backoff_s(attempt, self._retry_delay_s, self._rng())
-                log.info("%s; trying again in %.1f s", error, delay_s)
-            except TierblkError:
-                self.counters.errors += 1
-                raise
-            await self._sleep(delay_s)
-            self.counters.retries += 1
-
-    async def _attempt(
-        self, offset_bytes: int, buffer: memoryview, arrived_bytes: int, arrive: Progress
+    async def fetch(
+        self,
+        offset_bytes: int,
+        buffer: memoryview,
+        progress: Progress,
+        *,
+        ticket: Ticket | None = None,
+        on_trouble: Callable[[TierblkError], None] | None = None,
+        keep_on: Callable[[], bool] = _never,
     ) -> None:
-        """Read what is still missing. arrive(n): the first n bytes of the whole buffer are there."""
-        async with self._slots:
-            self.counters.requests += 1
-            self.counters.in_flight += 1
-            try:
-                await self.source.read_into(
-                    offset_bytes + arrived_bytes,
-                    buffer[arrived_bytes:],
-                    lambda count: arrive(arrived_bytes + count),
-                )
-            finally:
-                self.counters.in_flight -= 1
+        """Fill the buffer with the source's bytes from offset_bytes on; see Source.read_into for the
+        promises, which hold over all tries.
+
+        ticket: how urgent it is; without one somebody waits for it. A read that fails with
+        RemoteUnavailable goes on behind the bytes that it brought, on a new connection, after a pause in
+        which its place is free for others. When the retries are used up, on_trouble(error) is called, now
+        and then again (at most once a second), and as long as keep_on() is true it goes on trying,
+        together with all others that wait for the source (outage.py); else it raises the last error. An
+        answer that does not fit is asked for once more. RemoteRefused is raised at once.
+        """
+        job = Job(offset_bytes, buffer.cast("B"), progress, ticket, self._desk.counters)
+        retries: Retries | None = None  # most fetches need none
+        told_s, tries, outage = -math.inf, 0, self._outage
+        while job.missing_bytes:
+            error: TierblkError | None = None
+            delay_s: float | None = None
+            if outage.down:
+                error = await outage.turn(ticket)
+            if error is None:
+                begin, race = job.arrived_bytes, Race(self._desk, job, anew=tries > 0 or outage.down)
+                self._desk.counters.retries += tries > 0
+                tries += 1
+                try:
+                    await self._try(race, job)
+                    break
+                except Replaced:
+                    delay_s = 0.0
+                except TierblkError as caught:
+                    if not job.missing_bytes:
+                        break  # it failed behind the last byte
+                    error = caught
+                    retries = retries or Retries(
+                        self._settings.retries, self._settings.retry_delay, self._rng
+                    )
+                    delay_s = retries.after(caught, job.arrived_bytes - begin, race.tries)
+                    if isinstance(caught, RemoteUnavailable):
+                        delay_s = self._count_failure(caught, delay_s)
+                    else:
+                        self._warn(caught, final=delay_s is None)
+            if delay_s is None:
+                assert error is not None
+                now_s = self._clock()
+                waits = isinstance(error, RemoteUnavailable)
+                if waits and on_trouble is not None and now_s - told_s >= TELL_S:
+                    told_s = now_s
+                    on_trouble(error)
+                if not waits or not keep_on():
+                    self._desk.counters.errors += 1
+                    raise type(error)(error.message, error.hint) from error
+            elif delay_s:
+                log.info("%s; trying again in %.1f s", error, delay_s)
+                await self._pause(delay_s)
+        self._refused = None
+
+    async def _try(self, race: Race, job: Job) -> None:
+        """One try in a place of its own."""
+        length_bytes, begin = job.missing_bytes, job.arrived_bytes
+        if not self._places.try_take(length_bytes, job.ticket):
+            await self._places.take(length_bytes, job.ticket)
+        self._desk.budget.earn()
+        try:
+            await race.run()
+        finally:
+            self._places.give(job.ticket, length_bytes - (job.arrived_bytes - begin))
+
+    def _count_failure(self, error: RemoteUnavailable, delay_s: float | None) -> float | None:
+        """What it means for all; the pause until the next try, None: wait for a turn."""
+        if delay_s is None or self._outage.down:
+            self._outage.failed(error)
+            return None
+        return delay_s
+
+    def _warn(self, error: TierblkError, *, final: bool) -> None:
+        """The source answered, and wrongly: loudly, but not for each of a thousand blocks."""
+        self._outage.alive()
+        if final and self._refused is None:
+            self._refused = time.time(), error
+        elif final and self._refused is not None:
+            self._refused = self._refused[0], error
+        now_s = self._clock()
+        if now_s - self._warned_s >= WARN_S:
+            self._warned_s = now_s
+            log.warning("%s%s", error, "" if final else "; asking once more on a new connection")
+
+    async def _pause(self, delay_s: float) -> None:
+        self._pausing += 1
+        try:
+            await self._sleep(delay_s)
+        finally:
+            self._pausing -= 1

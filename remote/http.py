@@ -13,22 +13,28 @@ If-Unmodified-Since). What an answer must be is in answer.py. What each failure 
     body shorter than announced                                 RemoteUnavailable
     status 408, 429 or 5xx                                      RemoteUnavailable
     certificate not trusted, or no TLS behind https://          RemoteRefused
-    something that is not HTTP                                  RemoteRefused
-    redirect without or with an unusable Location               RemoteRefused
-    more than 5 redirects, or a loop of them                    RemoteRefused
+    something that is not HTTP                                  RemoteMismatch
+    redirect without or with an unusable Location               RemoteMismatch
+    more than 5 redirects, or a loop of them                    RemoteMismatch
     redirect from https to http                                 RemoteRefused
-    status 200: the range was ignored                           RemoteRefused
-    status 401, 403, 404, 410, 416 or any other                 RemoteRefused
-    status 412, or another ETag, Last-Modified or total size    RemoteRefused
-    Content-Encoding other than identity                        RemoteRefused
-    Content-Type multipart/byteranges                           RemoteRefused
-    Content-Range missing, malformed or of another range        RemoteRefused
-    Content-Length other than the range's                       RemoteRefused
-    body longer than the range                                  RemoteRefused
+    status 200: the range was ignored                           RemoteMismatch
+    status 401, 403, 404, 410 or any other 4xx                  RemoteRefused
+    status 412, or a 416 that names another size                RemoteRefused
+    206 with another ETag, Last-Modified or total size          RemoteMismatch
+    status 412 or 416 though the version and size are there     RemoteMismatch
+    any other status                                            RemoteMismatch
+    Content-Encoding other than identity                        RemoteMismatch
+    Content-Type multipart/byteranges                           RemoteMismatch
+    Content-Range missing, malformed or of another range        RemoteMismatch
+    Content-Length other than the range's                       RemoteMismatch
+    body longer than the range                                  RemoteMismatch
+
+A RemoteMismatch is what a broken middle box makes of an answer: the fetcher asks once more, on a new
+connection.
 
 Redirects are followed by hand: the place where they end is kept and asked directly, until it fails; then the
-configured address is asked again. Configured headers may hold credentials, so only the configured host gets
-them.
+configured address is asked again, at once when the place refused (a signed address expires). Configured
+headers may hold credentials, so only the configured host gets them.
 """
 
 from __future__ import annotations
@@ -46,7 +52,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 from yarl import URL
 
-from tierblk.errors import ConfigError, RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.errors import ConfigError, RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.remote import direct
 from tierblk.remote.answer import REDIRECTS, Pin, Want, changed, check_partial, is_exact_length, quoted
 from tierblk.remote.source import Identity, Progress
@@ -57,7 +63,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REDIRECTS_MAX = 5
-IDLE_CONNECTION_S = 30.0
+IDLE_CONNECTION_S = 55.0  # below the 60 s after which servers and middle boxes like to forget one
 READ_BUFFER_BYTES = 256 * 1024  # of the ordinary way only
 
 _PLAIN_URL = re.compile(r"[!-~]+")
@@ -72,6 +78,7 @@ class HttpSource:
         self._headers = dict(headers)
         self._target: URL | None = None  # where the redirects ended
         self._pin: Pin | None = None
+        self._identity: Identity | None = None
         self.direct_bodies = 0  # answers whose body went straight into the buffer
         self.read_bodies = 0  # answers whose body was copied out of aiohttp's stream
         self._expects_direct = isinstance(session.connector, direct.DirectConnector)
@@ -79,14 +86,24 @@ class HttpSource:
     @property
     def identity(self) -> Identity:
         """Known once open_http has returned."""
-        assert self._pin is not None
-        return Identity(str(self._url), self._pin.size_bytes, self._pin.validator)
+        assert self._identity is not None
+        return self._identity
+
+    def _set_pin(self, pin: Pin) -> None:
+        self._pin = pin
+        self._identity = Identity(str(self._url), pin.size_bytes, pin.validator)
 
     async def probe(self) -> None:
         """Learn size and version with a GET of the first byte: a HEAD is not what a signed URL allows."""
-        self._pin = await self._look(self._url)
-        if self._pin.strong_etag is None:
-            found = "only Last-Modified" if self._pin.last_modified else "neither ETag nor Last-Modified"
+        try:
+            pin = await self._look(self._url)
+        except RemoteMismatch as error:
+            log.warning("%s; asking once more on a new connection", error)
+            with direct.on_new_connection():
+                pin = await self._look(self._url)
+        self._set_pin(pin)
+        if pin.strong_etag is None:
+            found = "only Last-Modified" if pin.last_modified else "neither ETag nor Last-Modified"
             log.warning(
                 "%s: the server sends no strong ETag, %s: a changed file may go unnoticed",
                 shown(self._url),
@@ -95,7 +112,7 @@ class HttpSource:
 
     def trust(self, known: Identity) -> None:
         """Take the version that an earlier run pinned, without having asked: every read will be checked."""
-        self._pin = Pin.of_identity(known.size_bytes, known.validator)
+        self._set_pin(Pin.of_identity(known.size_bytes, known.validator))
 
     async def read_into(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
         """See Source.read_into."""
@@ -117,9 +134,17 @@ class HttpSource:
                 raise
             if self._target is target:  # else another reader has asked anew already
                 self._target = None
-            if delivered_bytes or isinstance(error, RemoteUnavailable):
+            if delivered_bytes or isinstance(error, RemoteUnavailable | RemoteMismatch):
                 raise  # the caller's next try begins at the configured address
             await self._exchange(self._url, want, view, progress)
+
+    async def read_anew(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
+        """See Renewable.read_anew. Names are resolved anew as well."""
+        connector = self._session.connector
+        if isinstance(connector, aiohttp.TCPConnector):
+            connector.clear_dns_cache()
+        with direct.on_new_connection():
+            await self.read_into(offset_bytes, buffer, progress)
 
     async def aclose(self) -> None:
         """See Source.aclose."""
@@ -132,7 +157,8 @@ class HttpSource:
         try:
             with _translated(want):
                 response, final = await self._send(url, want, sink)
-                await self._check(response, want, final)
+                if sink.owner is None:  # else the protocol has checked it
+                    await self._check(response, want, final)
                 self._keep(final)
                 if sink.owner is not None:
                     await response.read()  # returns when the protocol has put the last byte into the view
@@ -159,7 +185,7 @@ class HttpSource:
                     url, headers={**own, **want.headers()}, allow_redirects=False
                 )
             except UnicodeError as error:  # a redirect can lead to a name that no resolver takes (I12)
-                raise RemoteRefused(
+                raise RemoteMismatch(
                     f"{want.asked}, but {shown(url)} cannot be asked: {quoted(str(error))}"
                 ) from error
             finally:
@@ -168,7 +194,7 @@ class HttpSource:
                 return response, url
             response.release()
             url = _follow(url, response.headers.get("Location"), want)
-        raise RemoteRefused(
+        raise RemoteMismatch(
             f"{want.asked}, but was sent on more than {REDIRECTS_MAX} times, last to {shown(url)}"
         )
 
@@ -198,6 +224,8 @@ class HttpSource:
             now = await self._look(url)
         except TierblkError:
             raise changed(want, None) from None
+        if want.pin is not None and want.pin.same_version(now):
+            raise RemoteMismatch(f"{want.asked}, but got a 412 though the version asked for is there")
         raise changed(want, now)
 
     async def _read(
@@ -215,7 +243,7 @@ class HttpSource:
         async for piece in response.content.iter_any():
             end = filled_bytes + len(piece)
             if end > len(view):
-                raise RemoteRefused(f"{want.asked}, but the body has more than {len(view)} bytes")
+                raise RemoteMismatch(f"{want.asked}, but the body has more than {len(view)} bytes")
             view[filled_bytes:end] = piece
             filled_bytes = end
             if exact:
@@ -229,11 +257,17 @@ class HttpSource:
 
 
 async def open_http(
-    url: str, settings: RemoteSettings, known: Identity | None = None, *, may_go_direct: bool = True
+    url: str,
+    settings: RemoteSettings,
+    known: Identity | None = None,
+    *,
+    pin: Identity | None = None,
+    may_go_direct: bool = True,
 ) -> HttpSource:
     """Connect, check that the server answers range requests, and pin the version. Errors: see open_source.
 
-    known: what to pin when the server cannot be reached. may_go_direct=False: the ordinary way only.
+    known: what to pin when the server cannot be reached. pin: what to pin without asking.
+    may_go_direct=False: the ordinary way only.
     """
     address = _parse(url)
     context = await asyncio.to_thread(_tls_context, settings.ca_file)
@@ -252,6 +286,9 @@ async def open_http(
         ),
     )
     source = HttpSource(address, session, settings.headers)
+    if pin is not None:
+        source.trust(pin)
+        return source
     try:
         await source.probe()
     except RemoteUnavailable as error:
@@ -294,11 +331,11 @@ def _usable(url: URL) -> URL:
 def _follow(url: URL, location: str | None, want: Want) -> URL:
     """Where a redirect leads. RemoteRefused when it may not be followed."""
     if not location:
-        raise RemoteRefused(f"{want.asked}, but the redirect from {shown(url)} has no Location")
+        raise RemoteMismatch(f"{want.asked}, but the redirect from {shown(url)} has no Location")
     try:
         target = _usable(url.join(_verbatim(location)))
     except ValueError:
-        raise RemoteRefused(f"{want.asked}, but the redirect leads to {quoted(location)}") from None
+        raise RemoteMismatch(f"{want.asked}, but the redirect leads to {quoted(location)}") from None
     if url.scheme == "https" and target.scheme == "http":
         raise RemoteRefused(
             f"{want.asked}, but the redirect leads from https to unencrypted {shown(target)}",
@@ -383,7 +420,7 @@ def translate(error: Exception, want: Want) -> TierblkError:
         case aiohttp.ClientPayloadError():
             return RemoteUnavailable(f"{want.asked}, but the connection ended in the middle of the body")
         case aiohttp.ClientResponseError():
-            return RemoteRefused(f"{want.asked}, but what came is not HTTP: {quoted(error.message)}")
+            return RemoteMismatch(f"{want.asked}, but what came is not HTTP: {quoted(error.message)}")
         case aiohttp.ClientConnectionError() | OSError():
             return RemoteUnavailable(f"{want.asked}, but the connection was lost")
         case _:

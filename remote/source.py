@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from tierblk.errors import RemoteRefused
 
 if TYPE_CHECKING:
     from tierblk.config import RemoteSettings
+
+REPIN_HINT = (
+    "put the old version back, or show the new one: `tierblk repin NAME` while the device is not in use"
+)
 
 Progress = Callable[[int], None]
 
@@ -49,12 +53,23 @@ class Source(Protocol):
         """Close connections and descriptors; reads that still run end in an error."""
 
 
-async def open_source(url: str, settings: RemoteSettings, known: Identity | None = None) -> Source:
+@runtime_checkable
+class Renewable(Source, Protocol):
+    """A source whose reads go over connections, of which one may be broken while the next one is not."""
+
+    async def read_anew(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
+        """read_into on a new connection, when the old ones, idle ones included, are not to be trusted."""
+
+
+async def open_source(
+    url: str, settings: RemoteSettings, known: Identity | None = None, *, pin: Identity | None = None
+) -> Source:
     """Look at what lies at the url, pin its version, and return it ready to be read.
 
     known: the version that was pinned at this url last. When the server cannot be reached it is pinned again,
     so that what is cached of it can be served with no network; another version is still noticed, at the first
-    read that reaches the server.
+    read that reaches the server. pin: serve exactly this version, whatever the server has now, as a device
+    does that already shows it: another version is an error at the first read, and nobody is asked here.
 
     Raises RemoteUnavailable or RemoteRefused (also for an address that is no http, https or file URL), and
     ConfigError for a ca_file or header that cannot be used.
@@ -64,11 +79,11 @@ async def open_source(url: str, settings: RemoteSettings, known: Identity | None
     if scheme in ("http", "https"):
         from tierblk.remote.http import open_http
 
-        return await open_http(url, settings, known)
+        return await open_http(url, settings, known, pin=pin)
     if scheme == "file":
         from tierblk.remote.file import open_file
 
-        return await open_file(url)
+        return await open_file(url, pin)
     raise RemoteRefused(
         f"{url!r:.200} is no address that can be read",
         "use http://HOST/PATH, https://HOST/PATH or file:///PATH",

@@ -9,14 +9,25 @@ import shutil
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from tierblk.cache import Cache
 from tierblk.cache.index import Index, open_index
-from tierblk.cache.invariants import LayerRows, Violation, check, check_bytes, check_index
+from tierblk.cache.invariants import (
+    LayerRows,
+    SlotCounts,
+    Violation,
+    check,
+    check_bytes,
+    check_committed,
+    check_index,
+    check_session,
+)
 from tierblk.cache.superblock import COPIES, COPY_BYTES, Superblock, choose
 from tierblk.config import CacheSettings
 from tierblk.core import (
@@ -146,13 +157,15 @@ class CacheRig:
 
     def violations(self) -> list[Violation]:
         """Every invariant that can be checked on what the engine and the files say now."""
-        return self.cache.check() + check_files(self.cache.path, maps=layer_rows(self.cache))
+        return self.cache.check() + check_files(self.cache.path, self.cache)
 
 
 @asynccontextmanager
-async def session(directory: Path, run_dir: Path, clean: bool = True) -> AsyncIterator[CacheRig]:
+async def session(
+    directory: Path, run_dir: Path, clean: bool = True, size_bytes: int = CACHE_BYTES
+) -> AsyncIterator[CacheRig]:
     """One session; at the end the invariants hold."""
-    rig = await CacheRig.open(directory, run_dir)
+    rig = await CacheRig.open(directory, run_dir, size_bytes)
     try:
         yield rig
         assert rig.violations() == []
@@ -205,21 +218,28 @@ def index_rows(directory: Path) -> list[LayerRows]:
         ]
 
 
-def check_files(directory: Path, maps: list[LayerRows] | None = None) -> list[Violation]:
-    """The invariants on a directory as a crash left it. maps: what the session that wrote it thought."""
-    copy = copy_cache(directory, directory.with_name(f"{directory.name}.checked"))
+def check_files(directory: Path, cache: Cache | None = None) -> list[Violation]:
+    """The invariants on a directory as a crash left it. cache: the one that serves it, to compare with."""
+    copy = copy_cache(directory, Path(tempfile.mkdtemp(prefix="tierblk-test-")))
     try:
-        rows = index_rows(copy)
+        rows, superblock = index_rows(copy), read_superblock(copy)
+        with changed_index(copy) as index:
+            meta = index.meta()
+        found = check_session(superblock, meta.session, meta.clean, running=cache is not None)
         with (copy / "slots").open("rb") as slots:
 
             def read(offset_bytes: int, length_bytes: int) -> bytes:
                 return os.pread(slots.fileno(), length_bytes, offset_bytes)
 
-            found = check(rows, read_superblock(copy).slot_count)
+            found += check(rows, superblock.slot_count)
             found += check_bytes(rows, read, (copy / "sums").read_bytes())
-        return found + (check_index(rows, maps) if maps is not None else [])
     finally:
         shutil.rmtree(copy)
+    if cache is None:
+        return found
+    maps, stats = layer_rows(cache), cache.stats()
+    found += check_index(rows, maps, SlotCounts(stats["free"], stats["quarantined"], stats["bad"]))
+    return found if cache.changed() else found + check_committed(rows, maps)
 
 
 def copy_cache(directory: Path, target: Path) -> Path:
@@ -230,10 +250,35 @@ def copy_cache(directory: Path, target: Path) -> Path:
 
 @contextmanager
 def mounted(kind: str, at: Path, options: str = "") -> Iterator[Path]:
-    """A filesystem of its own in the new folder `at`; mounting needs root, as the demo and the VMs do."""
+    """A filesystem of its own in the new folder `at`; mounting needs root, as the demo and the VMs do.
+
+    Unmounted lazily: an io_uring lets go of its files some time after its end.
+    """
     at.mkdir()
     subprocess.run(["mount", "-t", kind, *(["-o", options] if options else []), kind, at], check=True)
     try:
         yield at
     finally:
-        subprocess.run(["umount", at], check=True)
+        subprocess.run(["umount", "--lazy", at], check=True)
+
+
+class Killed(BaseException):
+    """Where a test ends the daemon."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, method: str, call: int, after: bool) -> None:
+    """The daemon ends before or after the nth call of a method or function."""
+    original: Callable[..., object] = getattr(owner, method)
+    calls = 0
+
+    def ending(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if calls == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, method, ending)

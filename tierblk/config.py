@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import stat
@@ -103,6 +104,34 @@ def _duration(least: float, most: float) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _patience(value: object) -> float:
+    """How long a read may wait for the remote, in seconds: "wait" is for ever, "fail" as long as the
+    retries."""
+    if isinstance(value, str):
+        if value == "wait":
+            return math.inf
+        if value == "fail":
+            return 0.0
+        if value.startswith("wait "):
+            seconds = parse_duration(value.removeprefix("wait ").strip())
+            _range(seconds, 1.0, 86400.0, format_duration)
+            return seconds
+    raise ValueError(f'must be "wait", "wait" and a duration ("wait 30s") or "fail", is {_shown(value)}')
+
+
+def show_patience(patience_s: float) -> str:
+    """A patience as the config file writes it."""
+    if math.isinf(patience_s):
+        return "wait"
+    return f"wait {patience_s!r}s" if patience_s else "fail"
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, is {_shown(value)}")
+    return value
+
+
 def _integer(least: int, most: int) -> BeforeValidator:
     def check(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -194,6 +223,7 @@ def _headers(value: object) -> dict[str, str]:
 
 # repr of a float is exact, so that the daemon reads back what the command line read.
 Seconds = Annotated[float, PlainSerializer(lambda seconds: f"{seconds!r}s")]
+Patience = Annotated[float, BeforeValidator(_patience), PlainSerializer(show_patience)]
 
 
 class Settings(BaseModel):
@@ -208,6 +238,8 @@ class DeviceSettings(Settings):
     name: Annotated[str, BeforeValidator(_name)]
     plane: Literal["auto", "copy"] = "auto"
     queue_depth: Annotated[int, _integer(1, 1024)] = 64
+    on_outage: Patience = math.inf
+    recovery: Annotated[bool, BeforeValidator(_boolean)] = True
 
 
 class BaseSettings(Settings):
@@ -239,7 +271,7 @@ class RemoteSettings(Settings):
     """[remote]: how the image is fetched."""
 
     max_requests: Annotated[int, _integer(1, 256)] = 32
-    max_window: Annotated[int, _size(64 * KIB, 8 * MIB, BLOCK_BYTES)] = 1 * MIB
+    max_window: Annotated[int, _size(64 * KIB, 8 * MIB, BLOCK_BYTES)] = 8 * MIB
     staging: Annotated[int, _size(1 * MIB, 4 * GIB, BLOCK_BYTES)] = Field(
         default=32 * MIB, validate_default=True
     )
@@ -247,6 +279,10 @@ class RemoteSettings(Settings):
     read_timeout: Annotated[Seconds, _duration(0.1, 3600)] = 30.0
     retries: Annotated[int, _integer(0, 100)] = 3
     retry_delay: Annotated[Seconds, _duration(0.001, 60)] = 0.2
+    readahead: Annotated[bool, BeforeValidator(_boolean)] = True
+    hedge_percent: Annotated[float, _percent(0, 10)] = 2.0
+    max_bandwidth: Annotated[int | None, _size(64 * KIB, 1 * TIB)] = None
+    max_request_rate: Annotated[int | None, _integer(1, 1_000_000)] = None
     ca_file: Annotated[Path | None, BeforeValidator(_absolute_path)] = None
     headers: Annotated[dict[str, str], BeforeValidator(_headers)] = Field(default_factory=dict)
 
@@ -261,6 +297,12 @@ class RemoteSettings(Settings):
         return staging
 
 
+class DaemonSettings(Settings):
+    """[daemon]: the process that serves a cache directory; the file that it was started with counts."""
+
+    watchdog: Annotated[Seconds, _duration(0, 3600)] = 60.0
+
+
 class Config(Settings):
     """One config file: one device, its image, its cache and how it is fetched."""
 
@@ -268,6 +310,7 @@ class Config(Settings):
     base: BaseSettings
     cache: CacheSettings
     remote: RemoteSettings = Field(default_factory=RemoteSettings)
+    daemon: DaemonSettings = Field(default_factory=DaemonSettings)
 
     _path: Path = PrivateAttr(default=Path("/"))
 

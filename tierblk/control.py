@@ -4,7 +4,8 @@
     GET    /v1/devices         {"devices": [device, ...]}
     GET    /v1/devices/NAME    device
     POST   /v1/devices         {"config_path": str, "config": document} -> device
-    DELETE /v1/devices/NAME    {"detached": NAME}
+    DELETE /v1/devices/NAME    {"force": bool} -> {"detached": NAME}
+    POST   /v1/devices/NAME/repin  device
     POST   /v1/stop            {"if_idle": bool} -> {"stopping": bool}; the process ends when all has stopped
 
 An error is {"error": {"kind", "message", "hint", "exit_code"}} with a status of 400 or above.
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_BYTES_MAX = 4 * config.FILE_BYTES_MAX
 
+_SHUTDOWN_S = 0.5
+
 Device = dict[str, Any]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -39,11 +42,18 @@ class DaemonApi(Protocol):
     """What the control interface can ask of a daemon. Every method may raise a TierblkError."""
 
     async def attach(self, config: config.Config) -> Device:
-        """Make the device of a config; returns when it can be opened. "warnings" in it are for the user."""
+        """Make the device of a config; returns when it can be opened. "warnings" in it are for the user. One
+        that an earlier daemon made by this config, and this one took over, is as good."""
         ...
 
-    async def detach(self, name: str) -> None:
-        """Stop and delete a device; returns when it is gone. DeviceError if there is none of this name."""
+    async def detach(self, name: str, *, force: bool = False) -> None:
+        """Stop and delete a device; returns when it is gone. DeviceError if there is none of this name, or,
+        without force, when it is in use and the kernel can say so."""
+        ...
+
+    async def repin(self, name: str) -> Device:
+        """Make the device show the version of its image that the server has now (R22). DeviceError when it is
+        in use; RemoteUnavailable when nobody answers. The device goes on as before then."""
         ...
 
     def devices(self) -> list[Device]:
@@ -59,7 +69,7 @@ class DaemonApi(Protocol):
         ...
 
     def request_stop(self) -> None:
-        """Begin an orderly stop, as SIGTERM does, and return at once."""
+        """Begin an orderly stop that takes the devices away, and return at once."""
         ...
 
 
@@ -90,11 +100,12 @@ class ControlServer:
                 web.post("/v1/devices", self._attach),
                 web.get("/v1/devices/{name}", self._device),
                 web.delete("/v1/devices/{name}", self._detach),
+                web.post("/v1/devices/{name}/repin", self._repin),
                 web.post("/v1/stop", self._stop),
             ]
         )
-        # A request that runs when the daemon stops is the attach or detach that the stop itself ends.
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5.0)
+        # Who closes it has ended the attaches that run; a detach that runs is ended by the stop that follows.
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S)
         try:
             self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._write_info()
@@ -107,15 +118,18 @@ class ControlServer:
         self._runner = runner
         await web.SockSite(runner, listener).start()
 
-    async def close(self) -> None:
-        """Take the socket away and end; calls that run get five seconds. Can be called twice."""
-        runner, self._runner = self._runner, None
-        if runner is None:
-            return
-        # First the name, so that nobody finds a daemon that no longer answers.
+    def withdraw(self) -> None:
+        """Take the socket's name away, so that nobody finds a daemon that is about to end."""
         for name in (SOCKET_NAME, INFO_NAME):
             with suppress(OSError):
                 (self.run_dir / name).unlink()
+
+    async def close(self) -> None:
+        """Take the socket away and end; calls that run get a moment. Can be called twice."""
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        self.withdraw()
         await runner.cleanup()
 
     def _write_info(self) -> None:
@@ -162,8 +176,12 @@ class ControlServer:
 
     async def _detach(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        await self.api.detach(name)
+        body = await _json_object(request) if request.can_read_body else {}
+        await self.api.detach(name, force=body.get("force") is True)
         return web.json_response({"detached": name})
+
+    async def _repin(self, request: web.Request) -> web.Response:
+        return web.json_response(await self.api.repin(request.match_info["name"]))
 
     async def _stop(self, request: web.Request) -> web.Response:
         body = await _json_object(request) if request.can_read_body else {}

@@ -1,9 +1,9 @@
 """The daemon of one cache directory: puts the parts together, and takes them apart in the right order (DESIGN
 3).
 
-Start: cache (its lock first), engine events, what a killed daemon left in the driver, control socket. Stop:
-devices (drain, STOP, DEL), then fetches, then the last commit, then the lock. Everything is decided on one
-event loop."""
+Start: cache (its lock first), engine events, the devices that an earlier daemon left in the driver, control
+socket. Stop: attaches that run, devices (handed over, or drained, stopped and deleted), then fetches, then
+the last commit, then the lock. Everything is decided on one event loop."""
 
 from __future__ import annotations
 
@@ -12,35 +12,28 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tierblk import partition
-from tierblk.cache import Cache, Watermarks, commit_is_due, slots_to_evict
+from tierblk import takeover
+from tierblk.bases import Bases
+from tierblk.cache import Cache
 from tierblk.config import Config, cache_conflicts
 from tierblk.control import ControlServer, report_ready
-from tierblk.core import (
-    BLOCK_BYTES,
-    EVICT,
-    EVICTED,
-    FILLED,
-    MISS,
-    NEED_SPACE,
-    Engine,
-    Layer,
-    Record,
-    local_door,
-    ublk,
-)
-from tierblk.device import Device, driver_error, reap, stamp_of
+from tierblk.core import BLOCK_BYTES, Engine, ublk
+from tierblk.device import Device, Home
+from tierblk.driver import driver_error, stamp_of
 from tierblk.errors import DaemonError, DeviceError, TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Base
-from tierblk.remote import Fetcher, Identity, RawImage, open_source
+from tierblk.records import DeviceRecord
+from tierblk.remote import RawImage, open_source
 from tierblk.rundir import run_root
+from tierblk.takeover import TakeOver
+from tierblk.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +41,9 @@ T = TypeVar("T")
 
 _CONTROL_THREADS = 16
 """Control commands of ublk that may wait at once; each blocks a thread."""
+
+_TAKE_OVER_S = 5.0
+"""How long the control socket waits for devices to be taken over; then commands see them as they are."""
 
 
 class Daemon:
@@ -59,20 +55,23 @@ class Daemon:
         self._executor = ThreadPoolExecutor(_CONTROL_THREADS, "tierblk-control")
         self._cache: Cache | None = None
         self._fills: Fills | None = None
-        self._bases: dict[int, Base] = {}
+        self._bases: Bases | None = None
+        self._home: Home | None = None
         self._devices: dict[str, Device] = {}
-        self._attaching = asyncio.Lock()
+        self._takeovers: dict[str, TakeOver] = {}
+        self._names: dict[str, asyncio.Lock] = {}
+        self._calls: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
+        self._hands_over = False
         self._started = time.time()
-        self._evicting_slots = 0
-        self._marks = Watermarks(0, 0)
+        self._upkeep: Upkeep | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._commit_failure: str | None = None
 
     # -- life ---
 
     async def start(self) -> None:
-        """Opens the cache directory and begins to serve the engine. CacheError."""
+        """Opens the cache directory, begins to serve the engine, and takes over the devices that wait.
+        CacheError."""
         settings = self._config.cache
         # Not Path.exists, which raises where one may not look.
         if not await self._run(os.path.exists, settings.dir / "slots"):
@@ -80,16 +79,21 @@ class Daemon:
         engine_of = partial(Engine, staging_bytes=self._config.remote.staging)
         self._cache = cache = await self._run(Cache.open, settings, run_root(), engine_of)
         engine = cache.engine
-        self._marks = Watermarks.of(
-            engine.slot_count - 1, settings.free_low_percent, settings.free_high_percent
+        # Fills looks bases up in by_layer, and Bases ends fetches of Fills.
+        self._bases = Bases(cache, self._executor, self._end_fetches)
+        remote = self._config.remote
+        self._fills = Fills(
+            engine, self._bases.by_layer, remote.max_window // BLOCK_BYTES, readahead=remote.readahead
         )
-        engine.set_low(self._marks.low_slots)
-        self._fills = Fills(engine, self._bases, self._config.remote.max_window // BLOCK_BYTES)
-        asyncio.get_running_loop().add_reader(engine.event_fd, self._on_events)
-        for dev_id in await self._run(reap, stamp_of(cache.uuid.bytes)):
-            log.warning("deleted ublk device %d, left behind by a daemon that was killed", dev_id)
-        self._keep(self._commit_on_timer())
+        self._home = Home(engine, self._executor, stamp_of(cache.uuid.bytes), cache.run_dir)
+        self._upkeep = Upkeep(cache, self._fills, self._config)
+        self._upkeep.start()
         log.info("serving %s (%s start)", settings.dir, cache.start_mode.value)
+        await self._take_over_all()
+
+    async def _end_fetches(self, layer_id: int) -> None:
+        assert self._fills is not None
+        await self._fills.stop(layer_id)
 
     async def _preflight(self) -> None:
         """Before a cache directory is made: can its first device exist at all? A user who mistyped an address
@@ -104,16 +108,26 @@ class Daemon:
         finally:
             await source.aclose()
 
-    async def stop(self) -> None:
-        """Everything down, in order; devices in use are stopped too, with a line that names them."""
+    async def end_calls(self) -> None:
+        """Attaches that run end in an error; nothing new is begun."""
         self._stopping.set()
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """Everything down, in order. Devices wait for the next daemon if this stop hands over and they can;
+        the others are taken away, also those in use, with a line that names them."""
+        await self.end_calls()
+        await asyncio.gather(*(waiting.end() for waiting in self._takeovers.values()))
+        devices = list(self._devices.values())
+        ends = await asyncio.gather(*map(self._end_device, devices), return_exceptions=True)
+        for device, end in zip(devices, ends, strict=True):
+            if isinstance(end, BaseException):  # the others and the cache still end in order
+                log.error("%s (%s) could not be stopped: %s", device.name, device.path, end)
+        if not self._hands_over:
+            await self._end_waiting()
         cache, fills = self._cache, self._fills
-        async with self._attaching:
-            devices = list(self._devices.values())
-            ends = await asyncio.gather(*map(self._stop_device, devices), return_exceptions=True)
-            for device, end in zip(devices, ends, strict=True):
-                if isinstance(end, BaseException):  # the others and the cache still end in order
-                    log.error("%s (%s) could not be stopped: %s", device.name, device.path, end)
         if cache is None or fills is None:
             return
         await fills.stop()
@@ -121,15 +135,30 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        asyncio.get_running_loop().remove_reader(cache.engine.event_fd)
+        if self._upkeep is not None:
+            await self._upkeep.stop()
+        fills.close()
         await cache.close()
         self._executor.shutdown()
         log.info("stopped")
 
-    async def _stop_device(self, device: Device) -> None:
-        log.info("taking away %s (%s), whoever uses it", device.name, device.path)
-        await device.stop(force=True)
+    async def _end_device(self, device: Device) -> None:
+        if self._hands_over and device.outlives_daemon and device.state == "live":
+            log.info("%s (%s) waits for the next daemon", device.name, device.path)
+            await device.hand_over()
+        else:
+            log.info("taking away %s (%s), whoever uses it", device.name, device.path)
+            await device.stop(force=True)
         await self._forget(device)
+
+    async def _end_waiting(self) -> None:
+        """Those that could not be taken over go as well: nobody asked for them to wait longer."""
+        for waiting in self._takeovers.values():
+            log.info("taking away %s (%s), whoever waits for it", waiting.record.name, waiting.record.path)
+            try:
+                await waiting.take_away(self.run_dir, self._executor)
+            except TierblkError as error:
+                log.error("%s could not be taken away: %s", waiting.record.name, error)
 
     @property
     def run_dir(self) -> Path:
@@ -141,7 +170,10 @@ class Daemon:
         """Until somebody asks for the stop."""
         await self._stopping.wait()
 
-    def request_stop(self) -> None:
+    def request_stop(self, *, hand_over: bool = False) -> None:
+        """See control.DaemonApi. The first request counts."""
+        if not self._stopping.is_set():
+            self._hands_over = hand_over
         self._stopping.set()
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
@@ -152,181 +184,209 @@ class Daemon:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # -- the engine ---
-
-    def _on_events(self) -> None:
-        assert self._cache is not None
-        assert self._fills is not None
-        misses: list[Record] = []
-        for event in self._cache.engine.poll():
-            if event.kind == MISS:
-                misses.append(event)
-            elif event.kind == FILLED:
-                self._fills.filled(event)
-            elif event.kind == EVICTED:
-                self._evicting_slots = 0
-                # Nothing could go: asking again at once would only spin. The next fill says NEED_SPACE.
-                self._make_space(may_evict=event.value > 0)
-            elif event.kind == NEED_SPACE:
-                self._make_space()
-        if misses:
-            self._fills.miss(misses)
-
-    def _make_space(self, *, may_evict: bool = True) -> None:
-        """Eviction ahead of demand; what it freed is of use after a commit only (I4)."""
-        assert self._cache is not None
-        engine = self._cache.engine
-        stats = engine.stats()
-        free, quarantined = stats["free"], stats["quarantined"]
-        count = slots_to_evict(
-            self._marks,
-            total=stats["slots"],
-            free=free,
-            quarantined=quarantined,
-            evicting=self._evicting_slots,
-        )
-        if count and may_evict:
-            self._evicting_slots += count
-            engine.push([Record(EVICT, value=count)])
-        elif commit_is_due(self._marks, free=free, quarantined=quarantined):
-            self._keep(self._commit())
-
-    async def _commit(self) -> None:
-        assert self._cache is not None
-        try:
-            await self._cache.commit()
-        except TierblkError as error:
-            if self._commit_failure is None:
-                log.error("%s", error)
-            self._commit_failure = str(error)
-        else:
-            self._commit_failure = None
-            # What was freed since the last look may not be enough: NEED_SPACE is not said twice.
-            self._make_space()
-
-    async def _commit_on_timer(self) -> None:
-        assert self._cache is not None
-        while True:
-            await asyncio.sleep(self._config.cache.commit_interval)
-            if self._cache.changed():
-                await self._commit()
-
     # -- what can be asked ---
 
     async def attach(self, config: Config) -> dict[str, Any]:
         """See control.DaemonApi."""
         self._same_cache(config)
-        async with self._attaching:
-            if self._stopping.is_set():
-                raise DaemonError("the daemon is stopping", "try again when it has")
-            name = config.device.name
+        return await self._call(self._attach(config))
+
+    async def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """What a client asked for, as a task of its own that only a stop of the daemon ends."""
+        if self._stopping.is_set():
+            coroutine.close()
+            raise DaemonError("the daemon is stopping", "try again when it has")
+        call = asyncio.create_task(coroutine)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            if call.cancelled():
+                raise DaemonError("the daemon is stopping", "try again when it has") from None
+            raise
+
+    def _only_one(self, name: str) -> asyncio.Lock:
+        """Held while the device of this name is made or changed."""
+        return self._names.setdefault(name, asyncio.Lock())
+
+    async def _attach(self, config: Config) -> dict[str, Any]:
+        assert self._bases is not None
+        name = config.device.name
+        async with self._only_one(name):
+            if (waiting := self._takeovers.get(name)) is not None:
+                await self._take_over(waiting)  # once more, if it has failed
+                if name in self._takeovers:
+                    hint = f"`tierblk detach --force {name}` takes it away"
+                    raise DeviceError(f"{name} could not be taken over: {waiting.reason}", hint)
             if name in self._devices:
-                other = self._devices[name]
-                raise DaemonError(
-                    f"{name} is attached already, as {other.path} by {other.config.path}",
-                    "use it, or choose another device.name",
-                )
-            base = await self._open_base(config)
+                return self._there_already(self._devices[name], config)
+            base = await self._bases.open(config, name)
             try:
-                return await self._attach(config, base)
+                warning = await self._bases.partition_warning(base)
+                return await self._make(config, base, warning)
             except BaseException:
-                await self._release(base)
+                await self._bases.release(base, name)
                 raise
 
-    async def _attach(self, config: Config, base: Base) -> dict[str, Any]:
-        assert self._cache is not None
-        device = Device(config, base, self._cache.engine, self._executor, stamp_of(self._cache.uuid.bytes))
-        if warning := await self._partition_warning(base):
+    async def _make(
+        self, config: Config, base: Base, warning: str | None, dev_id: int | None = None
+    ) -> dict[str, Any]:
+        assert self._home is not None
+        device = Device(config, base, self._home)
+        if warning:
             device.warnings.append(warning)
             log.warning("%s: %s", device.name, warning)
-        await device.start(self._on_device_end)
+        await device.start(self._on_device_end, dev_id=dev_id)
         self._devices[device.name] = device
         log.info("%s is %s: %s", device.name, device.path, base.image.identity.url)
-        return device.to_dict()
+        return self._shown(device)
+
+    def _there_already(self, device: Device, config: Config) -> dict[str, Any]:
+        """What an attach gets whose device an earlier daemon made and this one took over. Whoever attaches
+        after a daemon's end cannot know whether the keeper was faster."""
+        if device.recovered is None or device.config.path != config.path:
+            raise DaemonError(
+                f"{device.name} is attached already, as {device.path} by {device.config.path}",
+                "use it, or choose another device.name",
+            )
+        shown = self._shown(device)
+        if device.config != config:
+            changed = (
+                "it goes on with the settings that it was attached with; to change them, detach it first"
+            )
+            shown["warnings"] = [*shown["warnings"], changed]
+        return shown
+
+    # -- what an earlier daemon left ---
+
+    async def _take_over_all(self) -> None:
+        """All at once. Who takes long goes on in the background: one of them never holds up the others, nor
+        this daemon's control socket."""
+        assert self._home is not None
+        found = await self._run(takeover.look, self._home.run_dir, self._home.stamp)
+        for record in found.waiting:
+            self._takeovers.setdefault(record.name, TakeOver(record, self._serve_again))
+        for dev_id, why in found.unusable.items():
+            waiting = takeover.unusable(dev_id, why)
+            self._takeovers.setdefault(waiting.record.name, waiting)
+        tries = [asyncio.create_task(self._take_over(waiting)) for waiting in self._takeovers.values()]
+        for each in tries:
+            self._tasks.add(each)
+            each.add_done_callback(self._tasks.discard)
+        if tries:
+            await asyncio.wait(tries, timeout=_TAKE_OVER_S)
+
+    async def _take_over(self, waiting: TakeOver) -> None:
+        """Returns when the try that runs has ended; the device is then among the others, or waits on."""
+        device = await asyncio.shield(waiting.begin())
+        name = waiting.record.name
+        if self._takeovers.get(name) is not waiting:
+            return  # somebody else, who waited for the same try, was here
+        if device is not None:
+            del self._takeovers[name]
+            self._devices[name] = device
+        elif await self._run(waiting.is_gone, self.run_dir):
+            self._takeovers.pop(name, None)
+
+    async def _serve_again(self, record: DeviceRecord) -> Device:
+        assert self._bases is not None
+        assert self._home is not None
+        config, pin = takeover.parsed(record)
+        base = await self._bases.open(config, record.name, pin=pin)
+        try:
+            device = Device(config, base, self._home, record)
+            await device.recover(self._on_device_end)
+        except BaseException:
+            await self._bases.release(base, record.name)
+            raise
+        return device
+
+    # -- what can be asked of a device ---
 
     def _same_cache(self, config: Config) -> None:
         """Two configs of one directory must agree about it."""
         if different := cache_conflicts(self._config, config):
             raise DaemonError("; ".join(different), f"both use {config.cache.dir}: make them agree")
 
-    async def _open_base(self, config: Config) -> Base:
-        """The base of a config: one that is open already, or one from the cache's layers, or a new one. It is
-        counted as used by the device to come; `_release` takes that back."""
-        assert self._cache is not None
-        known = [Identity(*identity) for identity in self._cache.identities_of(config.base.url)]
-        source = await open_source(config.base.url, config.remote, known[-1] if known else None)
-        try:
-            image = RawImage(source)
-            identity = image.identity
-            layer: Layer = await self._cache.base_layer(identity.url, identity.size_bytes, identity.validator)
-        except BaseException:
-            await source.aclose()
-            raise
-        if (base := self._bases.get(layer.layer_id)) is not None:
-            base.devices += 1  # before anybody else may run: its last device may be on its way out
-            await source.aclose()
-            return base
-        base = self._bases[layer.layer_id] = Base(layer, image, Fetcher(source, config.remote))
-        base.devices += 1
-        return base
-
-    async def _partition_warning(self, base: Base) -> str | None:
-        """Reads the image's partition table as a user of the device would, so it is cached too."""
-        assert self._cache is not None
-        length = min(partition.HEAD_BYTES, base.image.size_bytes)
-
-        def read(engine: Engine) -> bytes:
-            with local_door(engine, base.layer, queue_depth=4) as door:
-                return door.read(0, length)
-
-        try:
-            table = partition.parse(await self._run(read, self._cache.engine), base.image.size_bytes)
-        except OSError as error:
-            raise base.trouble or DeviceError(f"cannot read {base.image.identity.url}: {error}") from None
-        return table.warning() if table else None
-
     def _on_device_end(self, device: Device) -> None:
         """Somebody deleted the device with another tool: clean up behind it, and keep saying so in
         `status`."""
         self._keep(device.stop(force=True))
 
-    async def detach(self, name: str) -> None:
+    async def detach(self, name: str, *, force: bool = False) -> None:
         """See control.DaemonApi."""
-        device = self._find(name)
-        await device.stop(force=False)
-        await self._forget(device)
-        log.info("%s is detached", name)
+        if name in self._takeovers:
+            waiting = self._takeovers[name]
+            if not force:
+                raise DeviceError(
+                    f"{name} ({waiting.record.path}) is {waiting.state}: whether it is in use is not known",
+                    f"`tierblk detach --force {name}` takes it away, and whoever waits for it gets an error",
+                )
+            await waiting.take_away(self.run_dir, self._executor)
+            self._takeovers.pop(name, None)
+        else:
+            device = self._find(name)
+            await device.stop(force=force)
+            await self._forget(device)
+        log.info("%s is detached%s", name, ", whoever used it" if force else "")
+
+    async def repin(self, name: str) -> dict[str, Any]:
+        """See control.DaemonApi."""
+        return await self._call(self._repin(name))
+
+    async def _repin(self, name: str) -> dict[str, Any]:
+        """The new version is looked at first: if that fails the device goes on as before (R22: nothing is
+        written to a device yet, so no version has to match)."""
+        assert self._bases is not None
+        async with self._only_one(name):
+            old = self._find(name)
+            base = await self._bases.open(old.config, f"{name} (new)", fresh=True)
+            try:
+                if base is old.base:
+                    return self._shown(old)
+                warning = await self._bases.partition_warning(base)
+                await old.stop(force=False)
+                await self._forget(old)
+                base.patiences[name] = 0.0
+                try:
+                    return await self._make(old.config, base, warning, old.dev_id)
+                except BaseException:
+                    await self._bases.release(base, name)
+                    raise
+            finally:
+                await self._bases.release(base, f"{name} (new)")
 
     async def _forget(self, device: Device) -> None:
+        assert self._bases is not None
         if self._devices.get(device.name) is device:  # a detach and a stop may meet
             del self._devices[device.name]
-            await self._release(device.base)
-
-    async def _release(self, base: Base) -> None:
-        """One device less; closes a base that no device uses. Its blocks stay cached."""
-        assert self._fills is not None
-        base.devices -= 1
-        if base.devices:
-            return
-        del self._bases[base.layer.layer_id]
-        await self._fills.stop(base.layer.layer_id)
-        await base.aclose()
+            await self._bases.release(device.base, device.name)
 
     def _find(self, name: str) -> Device:
+        if name in self._takeovers:
+            waiting = self._takeovers[name]
+            raise DeviceError(f"{name} ({waiting.record.path}) is {waiting.state}: {waiting.reason}")
         if name not in self._devices:
             raise DeviceError(f"no device is called {name}", "`tierblk list` shows those that there are")
         return self._devices[name]
 
     def devices(self) -> list[dict[str, Any]]:
-        return [self._shown(device) for device in self._devices.values()]
+        """See control.DaemonApi."""
+        shown = [self._shown(device) for device in self._devices.values()]
+        shown += [waiting.to_dict() for waiting in self._takeovers.values()]
+        return sorted(shown, key=lambda device: float(device["attached"]))
 
     def device(self, name: str) -> dict[str, Any]:
+        """See control.DaemonApi."""
+        if name in self._takeovers:
+            return self._takeovers[name].to_dict()
         return self._shown(self._find(name))
 
     def _shown(self, device: Device) -> dict[str, Any]:
         """A device, with the cache's own trouble when the remote has none."""
         shown = device.to_dict()
-        trouble = self._commit_failure or (self._fills.slot_write_failure if self._fills else None)
+        trouble = self._upkeep.trouble if self._upkeep else None
         if shown["state"] == "ok" and trouble:
             shown["state"], shown["reason"] = "degraded", trouble
         return shown
@@ -347,8 +407,8 @@ class Daemon:
 async def _serve(config: Config, ready_fd: int | None) -> None:
     daemon = Daemon(config)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, daemon.request_stop)
+    loop.add_signal_handler(signal.SIGINT, daemon.request_stop)
+    loop.add_signal_handler(signal.SIGTERM, partial(daemon.request_stop, hand_over=True))
     control: ControlServer | None = None
     try:
         await daemon.start()
@@ -359,12 +419,15 @@ async def _serve(config: Config, ready_fd: int | None) -> None:
         await daemon.wait()
     finally:
         if control is not None:
+            control.withdraw()
+            await daemon.end_calls()  # else the socket's end would wait for who waits for the network
             await control.close()
         await daemon.stop()
 
 
 def main(config: Config, *, ready_fd: int | None = None) -> int:
-    """Serves the config's cache directory until SIGTERM, SIGINT or a request; returns the exit code.
+    """Serves the config's cache directory until SIGTERM (devices wait for the next daemon), SIGINT or a
+    request (devices are taken away); returns the exit code.
 
     ready_fd: gets one JSON line when it serves. Raises TierblkError when it cannot."""
     asyncio.run(_serve(config, ready_fd))

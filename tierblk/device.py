@@ -1,9 +1,17 @@
-"""One /dev/ublkbN: made, served, stopped, in the order that the driver demands (DESIGN 4, lifetime rules).
+"""One /dev/ublkbN: made or taken over, served, handed over or stopped, in the order that the driver demands
+(DESIGN 4, lifetime rules).
 
 Control commands block, so each runs in a worker thread; the event loop and the queue serve meanwhile, because
 START_DEV may wait for reads (the partition scan of kernels before 7.0) and STOP_DEV does wait for requests.
-Before a stop that nothing may hold up the door drains: a process that dies while its own STOP_DEV waits
-cannot be killed."""
+
+A process that dies while a stop of its own waits for its requests cannot be killed: the kernel ends it only
+after the stop, the stop waits for requests, and those are given back only when the process has ended. Hence:
+
+- TRY_STOP, which may come to wait for a read-ahead that waits for the network, is sent by a process of its
+  own (`_TRY_STOP`). If the daemon dies meanwhile, its requests go back and the stop ends; if that process
+  dies, the daemon goes on serving, and the drain that follows ends what the stop waits for.
+- STOP_DEV is sent by the daemon, but only when the door has drained: then no request waits for Python or the
+  network, and the stop waits for reads of the SSD at most."""
 
 from __future__ import annotations
 
@@ -11,58 +19,64 @@ import asyncio
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from errno import EACCES, EBUSY, EMFILE, ENODEV, ENOENT, EOPNOTSUPP, EPERM, ETIMEDOUT
+from dataclasses import dataclass
+from errno import EBUSY, EEXIST, ENODEV
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tierblk.config import Config
+import tierblk
+from tierblk import records
+from tierblk.config import Config, show_patience
 from tierblk.core import BLOCK_BYTES, Engine, UblkDoor, ublk
+from tierblk.driver import STOP_MS, driver_error
 from tierblk.errors import DeviceError
 from tierblk.layer import Base
+from tierblk.records import DeviceRecord
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STAMP_MAGIC = 0x7469657262 << 24
-"""Upper 40 bits of the opaque word that the driver keeps for a device ("tierb"); below: 24 bits of the
-cache's uuid."""
-
 _START_MS = 600_000
-_STOP_MS = 60_000
-_TRY_STOP_MS = 2_000
+_TRY_STOP_S = 2.0
 _NODE_S = 10.0
+_RELEASE_S = 30.0
+_ID_S = 2.0
+
+_TRY_STOP = """
+import sys
+sys.path.append(sys.argv[1])
+from tierblk.core import ublk
+sys.stdout.write(".")
+sys.stdout.flush()
+try:
+    ublk.try_stop_dev(int(sys.argv[2]), timeout_ms=600_000)
+except OSError as error:
+    sys.exit(error.errno)
+"""
 
 
-def stamp_of(cache_uuid: bytes) -> int:
-    """What marks a ublk device as one of this cache directory's."""
-    return STAMP_MAGIC | int.from_bytes(cache_uuid[:3], "big")
+@dataclass(frozen=True)
+class Home:
+    """What all devices of a daemon have in common. stamp: marks them in the driver; run_dir: has their
+    records."""
 
-
-def driver_error(error: OSError) -> DeviceError:
-    """What an error of the driver means to a user."""
-    if error.errno in (ENOENT, ENODEV) and not os.path.exists("/dev/ublk-control"):
-        return DeviceError(
-            "this kernel has no ublk driver loaded: /dev/ublk-control is missing",
-            "modprobe ublk_drv; `tierblk doctor` says what this kernel lacks",
-        )
-    if error.errno in (EACCES, EPERM):
-        return DeviceError("no permission to use /dev/ublk-control", "run it as root")
-    if error.errno == EMFILE:
-        return DeviceError(
-            "the devices of one daemon can have 4096 requests in flight together",
-            "lower device.queue_depth, or use another cache directory",
-        )
-    return DeviceError(f"the ublk driver refused: {error.strerror}")
+    engine: Engine
+    executor: Executor
+    stamp: int
+    run_dir: Path
 
 
 class Device:
-    """A device between `start` and `stop`. All methods belong to the event loop."""
+    """A device from `start` or `recover` to `stop` or `hand_over`. All methods belong to the event loop."""
 
-    def __init__(self, config: Config, base: Base, engine: Engine, executor: Executor, stamp: int) -> None:
+    def __init__(self, config: Config, base: Base, home: Home, record: DeviceRecord | None = None) -> None:
+        """record: of the device that is there already, for `recover`."""
         self.config = config
         self.base = base
         self.name = config.device.name
@@ -70,11 +84,12 @@ class Device:
         self.state = "starting"
         self.reason: str | None = None
         self.warnings: list[str] = []
-        self.attached = time.time()
-        self.dev_id = -1
-        self._engine = engine
-        self._executor = executor
-        self._stamp = stamp
+        self.attached = record.attached if record else time.time()
+        self.recovered: float | None = None
+        self.dev_id = record.dev_id if record else -1
+        self.flags = record.flags if record else 0
+        self._queue_depth = config.device.queue_depth
+        self._home = home
         self._cdev_fd = -1
         self._door: UblkDoor | None = None
         self._last_stats: dict[str, int] = {}
@@ -87,27 +102,36 @@ class Device:
     def path(self) -> str:
         return f"/dev/ublkb{self.dev_id}"
 
+    @property
+    def outlives_daemon(self) -> bool:
+        """Whether the driver keeps it, and its requests, until the next daemon comes."""
+        return self.flags & ublk.F_RECOVERY == ublk.F_RECOVERY
+
     async def _run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        return await loop.run_in_executor(self._home.executor, lambda: function(*args, **kwargs))
 
     async def _run_whole(self, function: Callable[..., None]) -> None:
         """As `_run`, for commands that only wait for the driver: also when cancelled it ends before this
         does, so that what it made is known to the clean-up."""
-        future = asyncio.get_running_loop().run_in_executor(self._executor, function)
+        future = asyncio.get_running_loop().run_in_executor(self._home.executor, function)
         try:
             await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait([future])
+            future.exception()
             raise
 
-    async def start(self, on_end: Callable[[Device], None]) -> None:
-        """ADD, SET_PARAMS, fetch, START: when it returns the device can be opened. DeviceError; nothing is
-        left then.
+    # -- to live ---
 
-        on_end: called when the queue ends without a stop, because somebody else deleted the device."""
+    async def start(self, on_end: Callable[[Device], None], *, dev_id: int | None = None) -> None:
+        """ADD, SET_PARAMS, record, fetch, START: when it returns the device can be opened. DeviceError;
+        nothing is left then.
+
+        on_end: called when the queue ends without a stop, because somebody else deleted the device. dev_id:
+        the number to have, if it gets free in time."""
         try:
-            await self._add()
+            await self._add(dev_id)
             await self._serve(on_end)
             await self._start_dev()
             await self._wait_for(self.path, lambda: os.path.exists(self.path))
@@ -117,6 +141,41 @@ class Device:
                 raise driver_error(error) from None
             raise
         self.state = "live"
+
+    async def recover(self, on_end: Callable[[Device], None]) -> None:
+        """Serve the device that an earlier daemon left: START_USER_RECOVERY, fetch, END_USER_RECOVERY. Its
+        requests, also those that the earlier daemon had begun, come again. DeviceError: it waits on."""
+        self.state = "recovering"
+        try:
+            await self._begin_recovery()
+            await self._serve(on_end)
+            pid = os.getpid()
+            await self._run_whole(lambda: ublk.end_user_recovery(self.dev_id, pid=pid, timeout_ms=STOP_MS))
+        except (OSError, DeviceError, asyncio.CancelledError) as error:
+            await self._let_go()
+            if isinstance(error, OSError):
+                raise driver_error(error) from None
+            raise
+        self.state, self.recovered = "live", time.time()
+
+    async def _begin_recovery(self) -> None:
+        """Until the process that had the device has let go of it, which outlasts its end a little."""
+        self._safe_stop = bool(await self._run(ublk.features) & ublk.F_SAFE_STOP_DEV)
+        info = await self._run(ublk.dev_info, self.dev_id)
+        self._queue_depth, self.flags = info.queue_depth, info.flags
+        deadline = time.monotonic() + _RELEASE_S
+        while True:
+            try:
+                return await self._run_whole(lambda: ublk.start_user_recovery(self.dev_id))
+            except OSError as error:
+                if error.errno != EBUSY:
+                    raise
+            if time.monotonic() > deadline:
+                raise DeviceError(
+                    f"{self.path} is still held by the process that served it",
+                    f"`fuser -v /dev/ublkc{self.dev_id}` shows it; then attach it again",
+                )
+            await asyncio.sleep(0.01)
 
     async def _start_dev(self) -> None:
         """START_DEV waits for every tag to be fetched; a queue that ended will never fetch them."""
@@ -131,26 +190,70 @@ class Device:
             raise DeviceError("the ublk driver took the device's queue back before it was started")
         started.result()
 
-    async def _add(self) -> None:
+    async def _add(self, wanted_id: int | None) -> None:
         granted = await self._run(ublk.features)
         self._safe_stop = bool(granted & ublk.F_SAFE_STOP_DEV)
+        flags = granted & ublk.F_NO_AUTO_PART_SCAN
+        if self.config.device.recovery:
+            flags |= ublk.F_RECOVERY
 
         def add() -> None:
-            info = ublk.add_dev(
-                queue_depth=self.config.device.queue_depth,
-                max_io_bytes=BLOCK_BYTES,
-                flags=granted & ublk.F_NO_AUTO_PART_SCAN,
-                stamp=self._stamp,
-            )
-            self.dev_id = info.dev_id
+            info = self._add_dev(flags, wanted_id)
+            self.dev_id, self.flags = info.dev_id, info.flags
             if info.max_io_bytes < BLOCK_BYTES:
                 raise DeviceError(
                     f"the ublk driver allows requests of {info.max_io_bytes} bytes, 64 KiB are needed"
                 )
             size_bytes = self.base.image.size_bytes
             ublk.set_params(self.dev_id, size_bytes=size_bytes, block_bytes=BLOCK_BYTES, read_only=True)
+            self._write_record()
 
         await self._run_whole(add)
+        if self.config.device.recovery and not self.outlives_daemon:
+            self.warnings.append("this kernel's ublk cannot keep a device when its daemon ends")
+
+    def _add_dev(self, flags: int, wanted_id: int | None) -> ublk.DeviceInfo:
+        """Blocks. A number that was just deleted is free only when the last file of the old device is."""
+        deadline = time.monotonic() + _ID_S
+        while True:
+            try:
+                return ublk.add_dev(
+                    queue_depth=self._queue_depth,
+                    max_io_bytes=BLOCK_BYTES,
+                    flags=flags,
+                    stamp=self._home.stamp,
+                    dev_id=wanted_id,
+                )
+            except OSError as error:
+                if error.errno != EEXIST or wanted_id is None:
+                    raise
+            if time.monotonic() > deadline:
+                wanted_id = None
+            time.sleep(0.01)
+
+    def _write_record(self) -> None:
+        """Before START_DEV, so that there is no device that could be open and have none. Blocks."""
+        if not self.outlives_daemon:
+            return
+        identity = self.base.image.identity
+        record = DeviceRecord(
+            dev_id=self.dev_id,
+            name=self.name,
+            config_path=str(self.config.path),
+            config=self.config.to_document(),
+            url=identity.url,
+            size_bytes=identity.size_bytes,
+            validator=identity.validator,
+            stamp=self._home.stamp,
+            flags=self.flags,
+            attached=self.attached,
+        )
+        try:
+            records.write(self._home.run_dir, record)
+        except OSError as error:
+            raise DeviceError(
+                f"cannot write the device's record into {self._home.run_dir}: {error.strerror}"
+            ) from None
 
     async def _serve(self, on_end: Callable[[Device], None]) -> None:
         char_path = f"/dev/ublkc{self.dev_id}"
@@ -169,15 +272,19 @@ class Device:
 
         def open_door() -> None:
             self._door = door = UblkDoor(
-                self._engine,
+                self._home.engine,
                 self.base.layer,
                 cdev_fd=self._cdev_fd,
-                queue_depth=self.config.device.queue_depth,
+                queue_depth=self._queue_depth,
                 dev_id=self.dev_id,
             )
             loop.call_soon_threadsafe(loop.add_reader, door.end_fd, self._on_end, on_end)
 
         await self._run_whole(open_door)
+        assert self._door is not None
+        # Both before the first request comes.
+        self._door.set_patience(self.config.device.on_outage)
+        self.base.patiences[self.name] = self.config.device.on_outage
 
     def _on_end(self, on_end: Callable[[Device], None]) -> None:
         if self._door is not None:
@@ -197,9 +304,11 @@ class Device:
                 raise DeviceError(f"{what} did not appear within {_NODE_S:.0f} s", "is /dev a devtmpfs?")
             await asyncio.sleep(0.005)
 
+    # -- to end ---
+
     async def stop(self, *, force: bool) -> None:
         """Stop and delete it. Without `force`, DeviceError when it is in use; the device then goes on as
-        before."""
+        before. With it, whoever waits gets EIO."""
         async with self._stopping:
             if self._down:
                 return
@@ -213,18 +322,25 @@ class Device:
             await self._take_down()
 
     async def _try_stop(self) -> None:
-        """TRY_STOP refuses at once while the device is open. Otherwise it waits for requests that nobody
+        """TRY_STOP refuses at once while the device is open. Otherwise it may wait for requests that nobody
         waits for any more (read-ahead): after a moment the door drains, which ends them."""
         try:
-            await self._run(ublk.try_stop_dev, self.dev_id, timeout_ms=_TRY_STOP_MS)
+            process = await self._run(_send_try_stop, self.dev_id)
         except OSError as error:
-            if error.errno == EBUSY:
-                raise DeviceError(
-                    f"{self.name} ({self.path}) is in use",
-                    f"unmount it and close what has it open; `fuser -v {self.path}` and `lsblk` show it",
-                ) from None
-            if error.errno not in (ETIMEDOUT, EOPNOTSUPP):
-                raise driver_error(error) from None
+            raise DeviceError(f"cannot ask whether {self.path} is in use: {error.strerror}") from None
+        try:
+            code = await self._run(process.wait, _TRY_STOP_S)
+        except subprocess.TimeoutExpired:
+            assert self._door is not None
+            self._door.drain()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await self._run(process.wait, STOP_MS / 1000)
+            return  # whatever it says now: those who read have got their errors
+        if code == EBUSY:
+            raise DeviceError(
+                f"{self.name} ({self.path}) is in use",
+                f"unmount it and close what has it open; `fuser -v {self.path}` and `lsblk` show it",
+            )
 
     async def _take_down(self) -> None:
         """Drain, STOP, end of the queue, DEL. Every step is tried whatever the one before said."""
@@ -232,28 +348,45 @@ class Device:
             self._door.drain()
         if self.dev_id >= 0:
             with self._reported("STOP_DEV"):
-                await self._run(ublk.stop_dev, self.dev_id, timeout_ms=_STOP_MS)
-        if self._door is not None:
-            await self._end_door(self._door)
-        if self._cdev_fd >= 0:
-            os.close(self._cdev_fd)
-            self._cdev_fd = -1
+                await self._run(ublk.stop_dev, self.dev_id, timeout_ms=STOP_MS)
+        await self._end_door()
         if self.dev_id >= 0:
             with self._reported("DEL_DEV"):
-                await self._run(ublk.del_dev, self.dev_id, timeout_ms=_STOP_MS)
+                await self._run(ublk.del_dev, self.dev_id, timeout_ms=STOP_MS)
+            await self._run(records.remove, self._home.run_dir, self.dev_id)
         self._down = True
         self.state = "gone" if self.reason else "stopped"
 
-    async def _end_door(self, door: UblkDoor) -> None:
-        try:
-            async with asyncio.timeout(5):
-                await self._ended.wait()
-        except TimeoutError:
-            door.quit()  # the driver did not take every tag back; the thread leaves when nothing is active
-        asyncio.get_running_loop().remove_reader(door.end_fd)
-        self._last_stats = door.stats()
-        self._door = None
-        await self._run(door.close)
+    async def hand_over(self) -> None:
+        """Leave the device to the next daemon: it stays, and whoever reads it waits. Only for one that
+        `outlives_daemon`."""
+        async with self._stopping:
+            if self._down:
+                return
+            self.state = "handed over"
+            await self._let_go()
+            self._down = True
+
+    async def _let_go(self) -> None:
+        if self._door is not None:
+            self._door.leave()
+        await self._end_door()
+
+    async def _end_door(self) -> None:
+        """The queue's end, and with the last file the driver knows that nobody serves."""
+        if (door := self._door) is not None:
+            try:
+                async with asyncio.timeout(5):
+                    await self._ended.wait()
+            except TimeoutError:
+                door.quit()  # the driver did not take every tag back; it leaves when nothing is active
+            asyncio.get_running_loop().remove_reader(door.end_fd)
+            self._last_stats = door.stats()
+            self._door = None
+            await self._run(door.close)
+        if self._cdev_fd >= 0:
+            os.close(self._cdev_fd)
+            self._cdev_fd = -1
 
     @contextlib.contextmanager
     def _reported(self, what: str) -> Iterator[None]:
@@ -263,60 +396,71 @@ class Device:
             if error.errno != ENODEV:  # somebody else was faster
                 log.error("%s of %s (%s): %s", what, self.name, self.path, error.strerror)
 
+    # -- to be seen ---
+
     def to_dict(self) -> dict[str, Any]:
         """The device as `tierblk status --json` shows it."""
         stats = self._door.stats() if self._door is not None else self._last_stats
-        counters = self.base.fetcher.counters
-        state, reason = self.base.state() if self.state == "live" else (self.state, self.reason)
+        counters, health = self.base.fetcher.counters, self.base.health()
+        state, reason = self.state, self.reason
+        if state == "live":
+            state, reason = health["state"], health["reason"]
         return {
             "name": self.name,
             "path": self.path,
             "plane": self.plane,
             "size_bytes": self.base.image.size_bytes,
-            "hit_bytes": stats.get("hit_bytes", 0),
-            "zero_bytes": stats.get("zero_bytes", 0),
-            "miss_bytes": stats.get("miss_bytes", 0),
-            "requests": stats.get("requests", 0),
-            "hit_requests": stats.get("hit_requests", 0),
-            "zero_requests": stats.get("zero_requests", 0),
-            "miss_requests": stats.get("miss_requests", 0),
-            "errors": stats.get("errors", 0),
-            "waiting": stats.get("waiting", 0),
-            "enters": stats.get("enters", 0),
+            **{key: stats.get(key, 0) for key in _SHOWN_STATS},
             "fetched_bytes": counters.fetched_bytes,
             "remote_requests": counters.requests,
             "remote_retries": counters.retries,
             "remote_errors": counters.errors,
+            "remote_waiting": health["waiting"],
             "cached_bytes": self.base.layer.cached_pages() * 4096,
             "state": state,
             "reason": reason,
-            "since": self.base.trouble_since,
+            "since": health["since"] if self.state == "live" else None,
+            "next_try_s": health["next_try_s"],
             "url": self.base.image.identity.url,
             "validator": self.base.image.identity.validator,
             "config_path": str(self.config.path),
-            "queue_depth": self.config.device.queue_depth,
+            "queue_depth": self._queue_depth,
+            "on_outage": show_patience(self.config.device.on_outage),
+            "recovery": self.outlives_daemon,
             "read_only": True,
             "attached": self.attached,
+            "recovered": self.recovered,
             "warnings": self.warnings,
         }
+
+
+_SHOWN_STATS = (
+    "hit_bytes",
+    "zero_bytes",
+    "miss_bytes",
+    "requests",
+    "hit_requests",
+    "zero_requests",
+    "miss_requests",
+    "errors",
+    "waiting",
+    "oldest_wait_ms",
+    "enters",
+)
+
+
+def _send_try_stop(dev_id: int) -> subprocess.Popen[bytes]:
+    """A process that has begun to send TRY_STOP and ends with its errno. Blocks while it starts; OSError."""
+    root = str(Path(tierblk.__file__).resolve().parent.parent)
+    command = [sys.executable, "-P", "-c", _TRY_STOP, root, str(dev_id)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as begun:
+        begun.read(1)
+    return process
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:
     """A START_DEV that nobody waits for any more may fail as it likes."""
     if not future.cancelled():
         future.exception()
-
-
-def reap(stamp: int) -> list[int]:
-    """Deletes the devices that a killed daemon of this cache directory left behind; returns their ids.
-    Blocks."""
-    gone = []
-    for node in Path("/dev").glob("ublkc[0-9]*"):
-        try:
-            info = ublk.dev_info(int(node.name.removeprefix("ublkc")))
-            if info.stamp == stamp and info.state == ublk.STATE_DEAD:
-                ublk.del_dev(info.dev_id, timeout_ms=_STOP_MS)
-                gone.append(info.dev_id)
-        except (OSError, ValueError) as error:
-            log.info("%s: %s", node, error)
-    return gone

@@ -24,7 +24,7 @@ class TierblkError(Exception):
     def to_dict(self) -> dict[str, str | int | None]:
         """The error as JSON can carry it between the daemon and the command line."""
         return {
-            "kind": type(self).__name__,
+            "kind": next(kind.__name__ for kind in type(self).__mro__ if kind.__name__ in KINDS),
             "message": self.message,
             "hint": self.hint,
             "exit_code": self.exit_code,
@@ -39,15 +39,27 @@ class ConfigError(TierblkError):
 
 
 class RemoteUnavailable(TierblkError):
-    """The remote did not answer or answered that it cannot now: the same request is worth trying again."""
+    """The remote did not answer or answered that it cannot now: the same request is worth trying again.
+
+    retry_after_s: how long the remote asked us to wait before that, if it did.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, hint: str | None = None, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint)
+        self.retry_after_s = retry_after_s
 
 
 class RemoteRefused(TierblkError):
     """The remote's answer is final: 4xx, no ranges, another identity than the pinned one, wrong bytes."""
 
     exit_code = 5
+
+
+class RemoteMismatch(RemoteRefused):
+    """The answer does not fit the request, as no working server answers but a broken middle box does: worth
+    one more try on another connection. For users and on the wire it is a RemoteRefused."""
 
 
 class CacheError(TierblkError):

@@ -1,78 +1,141 @@
-"""Misses in, bytes out: a batch of MISS becomes a few GETs, and what arrives goes to the engine page by page.
+"""Misses in, bytes out: a batch of MISS becomes a few GETs, and what arrives goes to the engine page by
+page.
 
-The engine sends one MISS per block until its FILLED (I7), so single flight needs nothing here. Neighbouring
-misses become one window, fetched into one run of staging memory; each page is passed on (FILL) as soon as it
-has come, so that a reader waits for its own pages and not for the window. A run is lent again only when its
-fetch has ended and every block of it is FILLED: then neither the network nor the engine can touch it (R5).
+The engine sends one MISS per block until its FILLED (I7), so single flight needs nothing here.
+Neighbouring misses become one window, fetched into one run of staging memory; each page is passed on
+(FILL) as soon as it has come, so that a reader waits for its own pages and not for the window. A run is
+lent again only when its fetch has ended and every block of it is FILLED: then neither the network nor the
+engine can touch it (R5).
+
+How much is fetched beyond what was asked is decided in readahead.py. What is fetched ahead comes back
+from the engine as misses that nobody waits for; when somebody does (WAITED), the fetch is as urgent as
+any.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from errno import EIO
 
-from tierblk.core import BLOCK_BYTES, FAIL, FILL, PAGE_BYTES, PAGES_PER_BLOCK, Engine, Record
-from tierblk.errors import TierblkError
+from tierblk.core import (
+    BLOCK_BYTES,
+    FAIL,
+    FILL,
+    FILL_PART,
+    FILL_WHOLE,
+    FILL_WHOLE_MORE,
+    FILLED,
+    GIVE_UP,
+    MISS,
+    PAGE_BYTES,
+    PAGES_PER_BLOCK,
+    PREFETCH,
+    READ_ON,
+    WAITED,
+    Engine,
+    Record,
+)
+from tierblk.errors import RemoteUnavailable, TierblkError
 from tierblk.layer import Base
-from tierblk.remote import plan_windows
+from tierblk.readahead import Ahead, Streams
+from tierblk.remote import Priority
 from tierblk.staging import StagingPool
+from tierblk.window import Need, Window, plan
 
 log = logging.getLogger(__name__)
 
+_STREAMS_MAX_SHARE = 4
+"""A window of readahead is at most this part of the staging memory, so that several readers have theirs."""
 
-class _Window:
-    """Blocks that one fetch brings. `open` are those whose FILLED has not come, `unfilled` those not yet
-    complete."""
+_CACHE_SHARE = 16
+"""And at most this part of the cache: what is fetched ahead pushes other blocks out."""
 
-    def __init__(self, base: Base, blocks: range, tokens: Mapping[int, int]) -> None:
-        self.base = base
-        self.blocks = blocks
-        self.tokens = {block: tokens[block] for block in blocks}
-        self.open = len(blocks)
-        self.unfilled = set(blocks)
-        self.failed: set[int] = set()
-        self.first_place: int | None = None
-        self.passed_pages = 0
-        self.fetching = True
+_EDGES = 1 | 1 << (PAGES_PER_BLOCK - 1)
+"""The first and the last page of a block."""
 
-    @property
-    def start_bytes(self) -> int:
-        return self.blocks.start * BLOCK_BYTES
-
-    @property
-    def length_bytes(self) -> int:
-        return min(self.blocks.stop * BLOCK_BYTES, self.base.image.size_bytes) - self.start_bytes
+_IDLE_S = 5.0
+"""With nothing fetched for so long, staging memory is given back to the system."""
 
 
 class Fills:
     """Everything between MISS and FILLED. All of it runs on the event loop."""
 
-    def __init__(self, engine: Engine, bases: Mapping[int, Base], max_window_blocks: int) -> None:
+    def __init__(
+        self, engine: Engine, bases: Mapping[int, Base], max_window_blocks: int, *, readahead: bool = True
+    ) -> None:
         """bases: by layer id, kept current by the owner."""
         self._engine = engine
         self._bases = bases
         self._pool = StagingPool(len(engine.staging) // BLOCK_BYTES)
-        self._max_window_blocks = min(max_window_blocks, self._pool.blocks)
-        self._windows: dict[int, _Window | None] = {}  # by token; None: refused at once
-        self._tasks: dict[asyncio.Task[None], _Window] = {}
+        self._max_window_blocks = max(1, min(max_window_blocks, self._pool.ahead_blocks))
+        share = min(self._pool.blocks // _STREAMS_MAX_SHARE, engine.slot_count // _CACHE_SHARE)
+        self._ahead_blocks = min(self._max_window_blocks, share) if readahead else 0
+        self._streams: dict[int, tuple[Base, Streams]] = {}  # by layer id
+        self._asked: list[Record] = []  # misses that are not planned yet
+        self._windows: dict[int, Window | None] = {}  # by token; None: not planned, or refused
+        self._tasks: dict[asyncio.Task[None], Window] = {}
         self._idle = asyncio.Event()
+        self._trimmer: asyncio.TimerHandle | None = None
         self.slot_write_failure: str | None = None
 
-    def miss(self, events: Sequence[Record]) -> None:
-        """A batch of MISS events."""
-        by_layer: dict[int, dict[int, int]] = {}
+    # -- events of the engine ---
+
+    def take(self, events: Sequence[Record]) -> list[Record]:
+        """What Engine.poll brought: does what is about fills, and returns the rest."""
+        misses: list[Record] = []
+        rest: list[Record] = []
         for event in events:
-            by_layer.setdefault(event.layer, {})[event.block] = event.token
-        for layer_id, tokens in by_layer.items():
-            base = self._bases.get(layer_id)
-            if base is None:  # its last device went while the miss was under way
-                self._windows.update(dict.fromkeys(tokens.values()))
-                self._engine.push(Record(FAIL, token=token, result=-EIO) for token in tokens.values())
-                continue
-            for blocks in plan_windows(list(tokens), self._max_window_blocks):
-                self._start(_Window(base, blocks, tokens))
+            if event.kind == MISS:
+                misses.append(event)
+            elif event.kind == FILLED:
+                self.filled(event)
+            elif event.kind == WAITED:
+                # Its MISS was told before, and may be in this very batch.
+                self.miss(misses)
+                misses = []
+                self.waited(event)
+            elif event.kind == READ_ON:
+                self.read_on(event)
+            else:
+                rest.append(event)
+        self.miss(misses)
+        return rest
+
+    def miss(self, events: Sequence[Record]) -> None:
+        """A batch of MISS events. Those that reach to the edge of their block are planned two turns of the
+        loop later: a large request comes as one miss a block, and those that are still on their way belong to
+        the same window."""
+        if not events:
+            return
+        self._windows.update((event.token, None) for event in events)
+        is_planned_soon = bool(self._asked)
+        self._asked += events
+        if is_planned_soon:
+            return
+        if any(event.pages & _EDGES for event in events):
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._plan)
+        else:
+            self._plan()
+
+    def waited(self, event: Record) -> None:
+        """A WAITED event: a fill that was begun for nobody has somebody who waits."""
+        window = self._windows.get(event.token)
+        if window is None:
+            for i, asked in enumerate(self._asked):
+                if asked.token == event.token:
+                    self._asked[i] = asked._replace(result=0)
+        elif window.is_ahead:
+            window.ticket.priority = Priority.DEMAND
+            if window.first_place is None:
+                self._pool.hurry(window)
+
+    def read_on(self, event: Record) -> None:
+        """A READ_ON event: a reader has come to what was fetched ahead of it."""
+        if event.layer in self._streams:
+            self._prefetch(event.layer, self._streams[event.layer][1].read_on(event.block))
 
     def filled(self, event: Record) -> None:
         """A FILLED event: the engine is done with that block's staging memory."""
@@ -80,20 +143,26 @@ class Fills:
             log.error("a fill ended that nobody asked for: %s", event)
             return
         window = self._windows.pop(event.token)
-        if window is None:
-            self._look_idle()
-            return
-        if event.result < 0 and event.block not in window.failed:
-            self._slot_write_failed(-event.result)
-        elif event.result == 0 and event.pages:
-            self.slot_write_failure = None
-        window.open -= 1
-        self._release(window)
+        if window is not None:
+            if event.result < 0 and event.block not in window.failed:
+                self._slot_write_failed(-event.result)
+            elif event.result == 0 and event.pages:
+                self.slot_write_failure = None
+            window.open -= 1
+            self._release(window)
         self._look_idle()
+
+    # -- stopping ---
 
     async def stop(self, layer_id: int | None = None) -> None:
         """End all fetches, or those of one layer; returns when none can write to staging memory any more.
-        Their FILLED events are still to come."""
+        Their FILLED events are still to come. The layer's base is taken out of `bases` before, so that a
+        miss that comes later is refused and begins nothing anew."""
+        for layer in [layer_id] if layer_id is not None else list(self._streams):
+            self._streams.pop(layer, None)
+        unplanned = [event for event in self._asked if layer_id in (None, event.layer)]
+        self._asked = [event for event in self._asked if event not in unplanned]
+        self._refuse(unplanned)
         tasks = [t for t, w in self._tasks.items() if layer_id in (None, w.base.layer.layer_id)]
         for task in tasks:
             task.cancel()
@@ -107,8 +176,24 @@ class Fills:
     def _look_idle(self) -> None:
         if self._windows:
             self._idle.clear()
+            if self._trimmer is not None:
+                self._trimmer.cancel()
+                self._trimmer = None
         else:
             self._idle.set()
+            if self._trimmer is None:
+                self._trimmer = asyncio.get_running_loop().call_later(_IDLE_S, self._trim)
+
+    def _trim(self) -> None:
+        self._trimmer = None
+        if not self._windows and self._pool.free_blocks == self._pool.blocks:
+            self._engine.trim_staging()
+
+    def close(self) -> None:
+        """No timer is left behind; the engine may go."""
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+            self._trimmer = None
 
     @property
     def busy(self) -> int:
@@ -119,8 +204,46 @@ class Fills:
     def free_staging_blocks(self) -> int:
         return self._pool.free_blocks
 
-    def _start(self, window: _Window) -> None:
-        for token in window.tokens.values():
+    # -- planning ---
+
+    def _plan(self) -> None:
+        asked, self._asked = self._asked, []
+        by_layer: dict[int, list[Record]] = {}
+        for event in asked:
+            by_layer.setdefault(event.layer, []).append(event)
+        for layer_id, events in by_layer.items():
+            base = self._bases.get(layer_id)
+            if base is None:  # its last device went while the miss was under way
+                self._refuse(events)
+                continue
+            streams = self._streams_of(base)
+            needs = [Need(e.block, e.token, e.pages, e.value, ahead=e.result == 1) for e in events]
+            windows, ahead = plan(needs, streams, self._max_window_blocks, base.image.size_bytes)
+            for window_of in windows:
+                self._start(Window(base, window_of))
+            for next_window in ahead:
+                self._prefetch(layer_id, next_window)
+
+    def _refuse(self, events: Sequence[Record]) -> None:
+        self._engine.push(Record(FAIL, token=event.token, result=-EIO) for event in events)
+
+    def _streams_of(self, base: Base) -> Streams:
+        found = self._streams.get(base.layer.layer_id)
+        if found is None or found[0] is not base:
+            found = (base, Streams(base.layer.blocks, self._ahead_blocks))
+            self._streams[base.layer.layer_id] = found
+        return found[1]
+
+    def _prefetch(self, layer_id: int, ahead: Ahead | None) -> None:
+        if ahead is not None:
+            self._engine.push(
+                [Record(PREFETCH, layer=layer_id, block=ahead.first, value=ahead.count, pages=0)]
+            )
+
+    # -- fetching ---
+
+    def _start(self, window: Window) -> None:
+        for token in window.tokens:
             self._windows[token] = window
         task = asyncio.create_task(self._fetch(window), name=f"fetch {window.blocks}")
         self._tasks[task] = window  # asyncio itself holds tasks weakly
@@ -134,54 +257,93 @@ class Fills:
         self._fail_rest(window, EIO)  # a task that was cancelled before its first step has told nobody
         self._release(window)
 
-    async def _fetch(self, window: _Window) -> None:
-        window.first_place = await self._pool.take(len(window.blocks))
-        at = window.first_place * BLOCK_BYTES
+    async def _fetch(self, window: Window) -> None:
+        place = None if window.is_ahead else self._pool.try_take(len(window.blocks))
+        if place is None:
+            place = await self._pool.take(len(window.blocks), ahead=window.is_ahead, owner=window)
+        window.first_place = place
+        at = place * BLOCK_BYTES + window.first_page % PAGES_PER_BLOCK * PAGE_BYTES
         buffer = self._engine.staging[at : at + window.length_bytes]
+        base = window.base
         try:
-            await window.base.fetcher.fetch(
-                window.start_bytes, buffer, lambda count: self._pass_on(window, count)
+            await base.fetcher.fetch(
+                window.start_bytes,
+                buffer,
+                lambda count: self._pass_on(window, count),
+                ticket=window.ticket,
+                on_trouble=lambda error: self._trouble(window, error),
+                keep_on=self._keep_on(window),
             )
         except TierblkError as error:
-            window.base.failed(error)
-            self._fail_rest(window, error.errno)
+            base.failed(error)
+            # Whoever came late has patience left: he asks anew. Those whose patience is over the engine ends.
+            late = isinstance(error, RemoteUnavailable) and base.patience_s > 0
+            self._fail_rest(window, error.errno, ask_anew=late)
         else:
-            window.base.worked()
+            base.worked()
 
-    def _pass_on(self, window: _Window, arrived_bytes: int) -> None:
+    def _keep_on(self, window: Window) -> Callable[[], bool]:
+        """Whether to go on trying when the retries are used up: as long as the most patient device of the
+        base is, and not for what nobody waits for."""
+        clock = asyncio.get_running_loop().time
+        began_s = clock()
+        return lambda: not window.is_ahead and clock() - began_s < window.base.patience_s
+
+    def _trouble(self, window: Window, error: TierblkError) -> None:
+        """The retries are used up, and it goes on: whoever is not to wait so long is told."""
+        window.base.failed(error)
+        self._engine.push(
+            Record(GIVE_UP, token=token, result=-error.errno)
+            for token, block in zip(window.tokens, window.blocks, strict=True)
+            if block in window.unfilled
+        )
+
+    def _pass_on(self, window: Window, arrived_bytes: int) -> None:
         """FILL for every block that has new whole pages among the first `arrived_bytes` of the window."""
         whole = arrived_bytes == window.length_bytes
         pages = -(-arrived_bytes // PAGE_BYTES) if whole else arrived_bytes // PAGE_BYTES
-        total_pages = -(-window.length_bytes // PAGE_BYTES)
         if pages == window.passed_pages or window.first_place is None:
             return
-        commands = []
-        for i in range(window.passed_pages // PAGES_PER_BLOCK, (pages - 1) // PAGES_PER_BLOCK + 1):
-            block = window.blocks[i]
-            have = min(pages - i * PAGES_PER_BLOCK, PAGES_PER_BLOCK)
-            complete = have == min(total_pages - i * PAGES_PER_BLOCK, PAGES_PER_BLOCK)
+        stop_page = window.first_page + pages
+        first_block = (window.first_page + window.passed_pages) // PAGES_PER_BLOCK
+        commands, filled = [], []
+        for block in range(first_block, (stop_page - 1) // PAGES_PER_BLOCK + 1):
+            i = block - window.blocks.start
+            low = max(window.first_page - block * PAGES_PER_BLOCK, 0)
+            high = min(stop_page - block * PAGES_PER_BLOCK, PAGES_PER_BLOCK)
+            complete = stop_page >= min(window.stop_page, (block + 1) * PAGES_PER_BLOCK)
+            more = complete and block + 1 < window.blocks.stop
             if complete:
-                window.unfilled.discard(block)
+                filled.append(block)
             commands.append(
                 Record(
                     FILL,
                     layer=window.base.layer.layer_id,
-                    token=window.tokens[block],
+                    token=window.tokens[i],
                     block=block,
                     value=(window.first_place + i) * BLOCK_BYTES,
-                    result=int(complete),
-                    pages=(1 << have) - 1,
+                    result=FILL_WHOLE_MORE if more else FILL_WHOLE if complete else FILL_PART,
+                    pages=(1 << high) - (1 << low),
                 )
             )
-        window.passed_pages = pages
         self._engine.push(commands)
+        window.passed_pages = pages
+        window.unfilled.difference_update(filled)
 
-    def _fail_rest(self, window: _Window, errno: int) -> None:
+    def _fail_rest(self, window: Window, errno: int, *, ask_anew: bool = False) -> None:
         rest, window.unfilled = window.unfilled, set()
         window.failed |= rest
-        self._engine.push(Record(FAIL, token=window.tokens[block], result=-errno) for block in sorted(rest))
+        self._engine.push(
+            Record(
+                FAIL,
+                token=window.tokens[block - window.blocks.start],
+                result=-errno,
+                pages=int(ask_anew or window.is_ahead),  # a reader whose WAITED is still on its way
+            )
+            for block in sorted(rest)
+        )
 
-    def _release(self, window: _Window) -> None:
+    def _release(self, window: Window) -> None:
         if window.open == 0 and not window.fetching and window.first_place is not None:
             self._pool.give(window.first_place, len(window.blocks))
             window.first_place = None

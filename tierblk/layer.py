@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from tierblk.core import Layer
-from tierblk.errors import RemoteRefused, TierblkError
+from tierblk.errors import TierblkError
 from tierblk.remote import Fetcher, RawImage
+from tierblk.remote.fetcher import Health
 
 log = logging.getLogger(__name__)
 
@@ -20,29 +20,34 @@ class Base:
         self.layer = layer
         self.image = image
         self.fetcher = fetcher
-        self.devices = 0
+        self.patiences: dict[str, float] = {}
+        """Who uses it, by name of device, and how long its reads may wait for the remote, in seconds."""
         self.trouble: TierblkError | None = None
-        self.trouble_since: float | None = None
+        """Why the last fetch failed, when the last one did."""
+
+    @property
+    def patience_s(self) -> float:
+        """The longest of its devices: a fetch is worth trying for so long. inf: for ever; 0: for as long as
+        remote.retries says."""
+        return max(self.patiences.values(), default=0.0)
 
     def failed(self, error: TierblkError) -> None:
-        """A fetch was given up. Said once per trouble, not once per block."""
+        """A fetch was given up, or goes on though its retries are used up. Said once per trouble, not once
+        per block."""
         if self.trouble is None:
-            log.warning("%s; reads of what is not cached fail until it is back", error)
-            self.trouble_since = time.time()
+            log.warning("%s; reads of what is not cached wait or fail until it is back", error)
         self.trouble = error
 
     def worked(self) -> None:
         """A fetch brought its bytes."""
         if self.trouble is not None:
             log.warning("%s answers again", self.image.identity.url)
-        self.trouble = self.trouble_since = None
+        self.trouble = None
 
-    def state(self) -> tuple[str, str | None]:
-        """(state, reason) for people: "ok"; "degraded" while the remote does not answer; "refused" when it
-        gave a final answer, such as another version of the image: what is cached stays readable."""
-        if self.trouble is None:
-            return "ok", None
-        return ("refused" if isinstance(self.trouble, RemoteRefused) else "degraded"), str(self.trouble)
+    def health(self) -> Health:
+        """How its remote does. "degraded": it does not answer; "refused": it gave a final answer, such as
+        another version of the image. What is cached stays readable."""
+        return self.fetcher.health()
 
     async def aclose(self) -> None:
         await self.image.source.aclose()

@@ -7,40 +7,72 @@ import asyncio
 from bisect import bisect_left
 from collections import deque
 
+_Waiter = tuple[int, asyncio.Future[int], object]  # count, its place, owner
+
 
 class StagingPool:
     """`blocks` places for one block each. First fit; those who wait are served in order, so a large run is
-    not starved by small ones."""
+    not starved by small ones, but those that somebody waits for come before those that are fetched ahead.
+
+    Readahead may not take the last quarter: a reader that jumps does not wait for what nobody reads yet."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self._free: list[tuple[int, int]] = [(0, blocks)]  # (first, count), sorted, never adjacent
-        self._waiting: deque[tuple[int, asyncio.Future[int]]] = deque()
+        self._free_blocks = blocks
+        self._demand: deque[_Waiter] = deque()
+        self._ahead: deque[_Waiter] = deque()
 
     @property
     def free_blocks(self) -> int:
-        return sum(count for _, count in self._free)
+        return self._free_blocks
 
-    async def take(self, count: int) -> int:
-        """The first place of a run of `count`; waits until there is one. 1 <= count <= blocks."""
+    @property
+    def ahead_blocks(self) -> int:
+        """The most that one run of readahead can have."""
+        return self.blocks - self.blocks // 4
+
+    def try_take(self, count: int) -> int | None:
+        """The first place of a run of `count` for somebody who waits, if nobody else waits already."""
         if not 1 <= count <= self.blocks:
             raise ValueError(f"{count} blocks of staging memory out of {self.blocks}")
-        if not self._waiting and (first := self._cut(count)) is not None:
-            return first
+        return None if self._demand else self._cut(count)
+
+    async def take(self, count: int, *, ahead: bool = False, owner: object = None) -> int:
+        """The first place of a run of `count`; waits until there is one. 1 <= count <= blocks, or
+        ahead_blocks. owner: what `hurry` calls it."""
+        most = self.ahead_blocks if ahead else self.blocks
+        if not 1 <= count <= most:
+            raise ValueError(f"{count} blocks of staging memory out of {most}")
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((count, future))
+        waiting = self._ahead if ahead else self._demand
+        entry = (count, future, owner)
+        waiting.append(entry)
+        self._serve()
         try:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
                 self.give(future.result(), count)  # it came while we were being cancelled
-            elif (count, future) in self._waiting:  # a `give` since then may have struck it off
-                self._waiting.remove((count, future))
+            else:
+                for queue in (self._ahead, self._demand):
+                    if entry in queue:  # a `give` since then may have struck it off
+                        queue.remove(entry)
                 self._serve()
             raise
 
+    def hurry(self, owner: object) -> None:
+        """Somebody waits now for what was to be fetched ahead: it goes to the end of what is waited for."""
+        for entry in self._ahead:
+            if entry[2] is owner:
+                self._ahead.remove(entry)
+                self._demand.append(entry)
+                break
+        self._serve()
+
     def give(self, first: int, count: int) -> None:
         """Give a run back: nothing may write to it any more (R5)."""
+        self._free_blocks += count
         i = bisect_left(self._free, (first, 0))
         if i < len(self._free) and first + count == self._free[i][0]:
             count += self._free.pop(i)[1]
@@ -56,15 +88,22 @@ class StagingPool:
             if length >= count:
                 rest = [(first + count, length - count)] if length > count else []
                 self._free[i : i + 1] = rest
+                self._free_blocks -= count
                 return first
         return None
 
     def _serve(self) -> None:
-        while self._waiting:
-            count, future = self._waiting[0]
+        if self._serve_queue(self._demand, 0):
+            self._serve_queue(self._ahead, self.blocks // 4)
+
+    def _serve_queue(self, queue: deque[_Waiter], spare_blocks: int) -> bool:
+        """Whether nobody of the queue waits any more."""
+        while queue:
+            count, future, _ = queue[0]
             if not future.done():
-                first = self._cut(count)
+                first = self._cut(count) if self._free_blocks - count >= spare_blocks else None
                 if first is None:
-                    return
+                    return False
                 future.set_result(first)
-            self._waiting.popleft()
+            queue.popleft()
+        return True

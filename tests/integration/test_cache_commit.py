@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from errno import EIO
 from pathlib import Path
@@ -192,7 +193,12 @@ async def test_r7_a_failed_sync_is_the_last_one(rig: CacheRig, tmp_path: Path, w
     assert rig.cache.committer.refusal is not None
     assert committed_blocks(tmp_path) == kept
     assert layer.changed(), "its rows were put back"
-    assert rig.cache.stats() == before, "and no slot was released"
+    stats = rig.cache.stats()
+    failure = stats.pop("commit_failure")
+    assert failure["final"]
+    assert failure["reason"] == rig.cache.committer.refusal
+    assert before.pop("commit_failure") is None
+    assert stats == before, "and no slot was released"
     await rig.fill(layer, *range(5), 100)  # reads go on
     assert rig.violations() == []
 
@@ -222,13 +228,18 @@ async def test_r7_a_full_disk_is_only_a_delay(
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.cache._index, "_grow", full)
+        began = time.time()
         for _ in range(2):
             with pytest.raises(CacheError, match="disk is full"):
                 await rig.cache.commit()
+    first = rig.cache.stats()["commit_failure"]
+    assert (first["reason"], first["final"]) == ("the cache's index cannot grow: its disk is full", False)
+    assert began <= first["since"] <= time.time()
     assert rig.cache.committer.refusal is None
     assert layer.changed()
     assert rig.cache.stats()["quarantined"] == 2
     assert (await rig.cache.commit()).rows_written == 1
+    assert rig.cache.stats()["commit_failure"] is None
     assert rig.cache.stats()["quarantined"] == 0
     assert len(committed_blocks(tmp_path)) == 3
 

@@ -21,15 +21,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.cache_rig import CacheRig, copy_cache, image_bytes, layer_rows
+from tests.cache_rig import CACHE_BYTES, CacheRig, copy_cache, image_bytes, layer_rows
 from tierblk.cache.rows import entries_of
 from tierblk.cache.start import StartMode
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
+from tierblk.units import MIB
 
 IMAGES = {"a": image_bytes(1, 200), "b": image_bytes(2, 130)}
 POINTS = ["before the cycle", "rows taken", "slots synced", "sums synced", "rows written", "after the cycle"]
 Crash = Literal["kill", "cut"]
-Cached = set[tuple[int, int]]
+SIZES = [16 * MIB, 17 * MIB, 24 * MIB]
+Cached = dict[tuple[int, int], int]
 T = TypeVar("T")
 
 
@@ -39,6 +41,7 @@ class Machine:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.boot = 0
+        self.size_bytes = CACHE_BYTES
         self.durable: dict[str, bytes] = {"slots": b"", "sums": b""}
         self.point: str | None = None  # where the next cycle is to be crashed
         self.crashed: Callable[[], None] = lambda: None
@@ -52,7 +55,7 @@ class Machine:
         return self.path / f"run-{self.boot}"
 
     async def start(self) -> CacheRig:
-        rig = await CacheRig.open(self.directory, self.run_dir)
+        rig = await CacheRig.open(self.directory, self.run_dir, self.size_bytes)
         self._synced("slots")  # the superblock's sync covers the whole file
         committer, index = rig.cache.committer, rig.cache._index
         write_rows = index.write_rows
@@ -106,9 +109,9 @@ def _some_pages(synced: bytes, written: bytes, dice: random.Random) -> bytes:
 
 
 def cached(rig: CacheRig) -> Cached:
-    """(layer, block) of all that is in slots."""
+    """(layer, block) -> slot of all that is in slots."""
     return {
-        (layer.layer_id, row * 64 + i)
+        (layer.layer_id, row * 64 + i): entry.slot
         for layer in layer_rows(rig.cache)
         for row, packed in layer.rows.items()
         for i, entry in enumerate(entries_of(packed))
@@ -169,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.path = Path(tempfile.mkdtemp(prefix="tierblk-test-"))
         self.machine = Machine(self.path)
-        self.committed: Cached = set()
+        self.committed: Cached = {}
         self.rig = self.run(self.machine.start())
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -205,20 +208,32 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.rig.cache.stats()["quarantined"] == 0
         assert not self.rig.cache.changed()
 
-    @rule(clean=st.booleans())
-    def restart(self, clean: bool) -> None:
+    @rule(clean=st.booleans(), size_bytes=st.sampled_from(SIZES))
+    def restart(self, clean: bool, size_bytes: int) -> None:
         before = cached(self.rig)
         self.run(self.rig.end(clean))
+        self.machine.size_bytes = size_bytes
         self.rig = self.run(self.machine.start())
-        assert cached(self.rig) == before  # nothing is lost (R1)
-        if clean:
-            self.committed = before
+        assert cached(self.rig) == self.still(before)  # nothing is lost (R1) but what has no place any more
+        self.committed = self.still(before if clean else self.committed)
 
-    @rule(crash=st.sampled_from(["kill", "cut"]), seed=st.integers(0, 2**32))
-    def crash(self, crash: Crash, seed: int) -> None:
+    def still(self, blocks: Cached) -> Cached:
+        """Those that a cache of this size has the slots for."""
+        return {
+            block: slot for block, slot in blocks.items() if slot < self.machine.size_bytes // BLOCK_BYTES
+        }
+
+    @rule(
+        crash=st.sampled_from(["kill", "cut"]),
+        seed=st.integers(0, 2**32),
+        size_bytes=st.sampled_from(SIZES),
+    )
+    def crash(self, crash: Crash, seed: int, size_bytes: int) -> None:
         expected = cached(self.rig) if crash == "kill" else self.committed
         self.machine.crash(crash, random.Random(seed))
-        self.begin_again(expected)
+        self.machine.size_bytes = size_bytes
+        self.committed = self.still(self.committed)
+        self.begin_again(self.still(expected))
 
     @precondition(lambda self: self.rig.cache.changed())
     @rule(

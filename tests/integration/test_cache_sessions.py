@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -17,10 +17,12 @@ from tests.cache_rig import (
     SLOTS,
     TIMEOUT_S,
     CacheRig,
+    Killed,
     check_files,
     copy_cache,
     image_bytes,
     index_rows,
+    kill_at,
     make_engine,
     read_superblock,
     run_directory,
@@ -301,28 +303,6 @@ async def test_openings_that_fail_cost_nothing(tmp_path: Path, run_dir: Path) ->
     async with session(directory, run_dir) as rig:
         await rig.fill(await rig.base(IMAGE), *range(10))
         assert rig.fetched == []
-
-
-class Killed(BaseException):
-    """Where a test ends the daemon."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int, after: bool) -> None:
-    """The daemon ends before or after the nth call of a method."""
-    original: Callable[..., object] = getattr(owner, method)
-    calls = 0
-
-    def ending(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == call and not after:
-            raise Killed
-        result = original(*args, **kwargs)
-        if calls == call:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(owner, method, ending)
 
 
 STEPS = [

@@ -21,7 +21,7 @@ from tests.integration.servers import (
     server_context,
 )
 from tierblk import errors
-from tierblk.errors import RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.errors import RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.remote import http
 from tierblk.remote.http import HttpSource, open_http
 
@@ -32,7 +32,7 @@ ASKED = f"asked for bytes {OFFSET}-{OFFSET + LENGTH - 1}"
 VERDICTS: dict[str, type[TierblkError]] = {
     row.strip(): getattr(errors, verdict)
     for row, verdict in re.findall(
-        r"^    (\S.*?) {2,}(Remote(?:Unavailable|Refused))$", http.__doc__ or "", re.MULTILINE
+        r"^    (\S.*?) {2,}(Remote(?:Unavailable|Refused|Mismatch))$", http.__doc__ or "", re.MULTILINE
     )
 }
 
@@ -120,34 +120,39 @@ CASES: list[tuple[str, str, Answer]] = [
     ),
     ("more than 5 redirects, or a loop of them", "more than 5 times", head("308 Moved", location="/image")),
     ("status 200: the range was ignored", "200 with the whole file", head("200 OK", content_range=None)),
-    ("status 401, 403, 404, 410, 416 or any other", "(401)", status("401 Unauthorized")),
-    ("status 401, 403, 404, 410, 416 or any other", "(403)", status("403 Forbidden")),
-    ("status 401, 403, 404, 410, 416 or any other", "(404)", status("404 Not Found")),
-    ("status 401, 403, 404, 410, 416 or any other", "(410)", status("410 Gone")),
+    ("status 401, 403, 404, 410 or any other 4xx", "(401)", status("401 Unauthorized")),
+    ("status 401, 403, 404, 410 or any other 4xx", "(403)", status("403 Forbidden")),
+    ("status 401, 403, 404, 410 or any other 4xx", "(404)", status("404 Not Found")),
+    ("status 401, 403, 404, 410 or any other 4xx", "(410)", status("410 Gone")),
     (
-        "status 401, 403, 404, 410, 416 or any other",
-        "(416, 'bytes */9')",
+        "status 412, or a 416 that names another size",
+        'opened as ETag "one", 131072 bytes, and the server now has ETag "one", 9 bytes',
         head("416 No", content_range="bytes */9"),
     ),
-    ("status 401, 403, 404, 410, 416 or any other", "got status 418", status("418 Teapot")),
-    ("status 401, 403, 404, 410, 416 or any other", "got status 304", status("304 Not Modified")),
     (
-        "status 412, or another ETag, Last-Modified or total size",
+        "status 412 or 416 though the version and size are there",
+        "(416, 'bytes */131072')",
+        head("416 No", content_range="bytes */131072"),
+    ),
+    ("status 401, 403, 404, 410 or any other 4xx", "got status 418", status("418 Teapot")),
+    ("any other status", "got status 304", status("304 Not Modified")),
+    (
+        "206 with another ETag, Last-Modified or total size",
         'opened as ETag "one", 131072 bytes, and the server now has ETag "two"',
         head(etag='"two"'),
     ),
     (
-        "status 412, or another ETag, Last-Modified or total size",
+        "206 with another ETag, Last-Modified or total size",
         'now has ETag W/"one"',
         head(etag='W/"one"'),
     ),
     (
-        "status 412, or another ETag, Last-Modified or total size",
+        "206 with another ETag, Last-Modified or total size",
         "now has 131072 bytes",
         head(etag=None),
     ),
     (
-        "status 412, or another ETag, Last-Modified or total size",
+        "206 with another ETag, Last-Modified or total size",
         "now has ETag",
         head(content_range=f"bytes {OFFSET}-{OFFSET + LENGTH - 1}/131073"),
     ),
@@ -379,6 +384,22 @@ async def test_412_names_both_versions() -> None:
         server.script = script
         error = await fails(source)
         assert 'opened as ETag "one", 131072 bytes, and the server now has ETag "three"' in str(error)
+
+
+async def test_412_though_the_version_is_there() -> None:
+    async def answer(server: OddServer, request: Request, client: Connection) -> None:
+        if "if-match" in request.headers:
+            await status("412 Precondition Failed")(server, request, client)
+        else:
+            await server.right(request, client)
+
+    async with OddServer(CONTENT) as server:
+        server.script = after_probe(server, answer)
+        source = await open_http(server.url(), remote_settings())
+        server.script = lambda request, client: answer(server, request, client)
+        error = await fails(source)
+        assert isinstance(error, RemoteMismatch)
+        assert "412 though the version asked for is there" in str(error)
 
 
 async def test_412_from_a_server_that_says_no_more() -> None:

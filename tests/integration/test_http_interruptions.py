@@ -316,3 +316,57 @@ async def test_a_lost_idle_connection_is_no_error() -> None:
             closed.clear()
             await source.read_into(number, memoryview(bytearray(4096)), lambda count: None)
         await source.aclose()
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+async def test_a_read_anew_trusts_no_connection_that_is_there(tls: bool, tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    context = server_context(tmp_path) if tls else None
+    async with OddServer(CONTENT, tls=context) as server, asyncio.timeout(DEADLINE_S):
+        source = await open_http(server.url(), remote_settings(ca_file=str(tmp_path / "ca.pem")))
+        buffer = bytearray(4096)
+        await source.read_into(0, memoryview(buffer), lambda count: None)
+        assert server.connections == 1
+        await source.read_anew(7, memoryview(buffer), lambda count: None)
+        assert buffer == CONTENT[7 : 7 + 4096]
+        assert server.connections == 2
+        await source.read_into(0, memoryview(buffer), lambda count: None)
+        assert server.connections == 2, "the new one is kept"
+        assert source.direct_bodies == 3
+        await source.aclose()
+
+
+async def test_a_request_that_is_swallowed_does_not_hold_a_reader(tmp_path: Path) -> None:
+    """Long before read_timeout: a second request goes out on a new connection."""
+
+    async def script(request: Request, client: Connection) -> None:
+        if len(server.requests) == 2:
+            await client.stall()
+        await server.right(request, client)
+
+    async with OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
+        server.script = script
+        settings = remote_settings(read_timeout="60s")
+        source = await open_http(server.url(), settings)
+        fetcher, buffer = Fetcher(source, settings), bytearray(LENGTH)
+        tasks_before = asyncio.all_tasks()
+        await fetcher.fetch(0, memoryview(buffer), lambda count: None)
+        assert buffer == CONTENT[:LENGTH]
+        assert (server.connections, fetcher.counters.retries, fetcher.counters.in_flight) == (2, 1, 0)
+        assert open_responses(source) == 0
+        assert {task for task in asyncio.all_tasks() - tasks_before if "_serve" not in repr(task)} == set()
+        await source.aclose()
+
+
+async def test_opening_asks_once_more_when_the_answer_does_not_fit() -> None:
+    async def script(request: Request, client: Connection) -> None:
+        if len(server.requests) == 1:
+            await client.send(server.head(request, content_encoding="gzip"), server.body(request))
+        else:
+            await server.right(request, client)
+
+    async with OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
+        server.script = script
+        source = await open_http(server.url(), remote_settings())
+        assert len(server.requests) == server.connections == 2
+        await source.aclose()

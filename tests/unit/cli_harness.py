@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tierblk.cli import client
-from tierblk.errors import TierblkError
 from tierblk.rundir import RUN_DIR_VARIABLE
 
 SITE = """
@@ -109,12 +107,15 @@ class Cli:
         return daemon
 
     def kill_daemons(self) -> None:
-        """Whatever a test left running."""
-        for daemon in client.candidates():
-            with suppress(client.DeadSocket, TierblkError, ProcessLookupError):
-                process_fd = daemon.process()
-                signal.pidfd_send_signal(process_fd, signal.SIGKILL)
-                os.close(process_fd)
+        """Whatever a test left running: keepers before daemons, which they would start again. All have the
+        test's run directory in their environment."""
+        mark = f"{RUN_DIR_VARIABLE}={self.env[RUN_DIR_VARIABLE]}".encode()
+        for what in (b"keeper.py", b"serve"):
+            for folder in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    words = (folder / "cmdline").read_bytes()
+                    if what in words and mark in (folder / "environ").read_bytes().split(b"\0"):
+                        os.kill(int(folder.name), signal.SIGKILL)
 
 
 @pytest.fixture

@@ -64,9 +64,12 @@ class FakeDaemon:
         }
         return self._devices[name]
 
-    async def detach(self, name: str) -> None:
+    async def detach(self, name: str, *, force: bool = False) -> None:
         Path(self.device(name)["path"]).unlink()
         del self._devices[name]
+
+    async def repin(self, name: str) -> dict[str, Any]:
+        return self.device(name)
 
     def devices(self) -> list[dict[str, Any]]:
         return list(self._devices.values())
@@ -82,7 +85,7 @@ class FakeDaemon:
             "cache_dir": str(self.config.cache.dir),
             "config_path": str(self.config.path),
             "started": time.time(),
-            "session_leader": os.getsid(0) == os.getpid(),
+            "session_of_keeper": os.getsid(0) == os.getppid(),
             "cwd": os.getcwd(),
             "stdin": os.readlink("/proc/self/fd/0"),
         }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EIO
 from pathlib import Path
 from uuid import UUID
 
@@ -281,3 +283,79 @@ def test_the_map_grows_with_the_index(path: Path, monkeypatch: pytest.MonkeyPatc
     with opened(path) as index:  # a map that is smaller than the file is made as large as it
         assert len(list(index.rows(1))) == 4000
         index.write_rows({1: [(number, row(number)) for number in range(4000, 8000)]})
+
+
+def test_a_map_that_is_full_is_larger_the_next_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should a transaction ever need more than was reckoned: it fails as a whole, and then there is room."""
+    monkeypatch.setattr(index_module, "map_size_bytes", lambda slot_count: 1 << 20)
+    copies = {1: [(number, row(number)) for number in range(1000)]}
+    with opened(path) as index:
+        room = index._room
+        monkeypatch.setattr(index, "_room", lambda rows: (room(0)[0], 0))
+        with pytest.raises(CacheError) as caught:
+            index.write_rows(copies)
+        assert caught.value.message == f"the cache's index {path} is full"
+        assert list(index.rows(1)) == []
+        assert index.broken is None
+        assert index.write_rows(copies) == (1000, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_file_grows_as_far_as_it_is_needed(path: Path, seed: int) -> None:
+    """No transaction adds more than was reckoned for it, and what it did not need is given back."""
+    dice = random.Random(seed)
+    live: set[int] = set()
+    with opened(path) as index:
+        for _ in range(25):
+            what, count = dice.choice(["new", "run", "again", "delete"]), dice.choice([1, 20, 300, 4000])
+            start = dice.randrange(10**6)
+            rows = {
+                "new": {dice.randrange(10**6) for _ in range(count)},
+                "run": set(range(start, start + count)),
+            }.get(what) or set(dice.sample(sorted(live), min(count, len(live))))
+            used_bytes, more_bytes = index._room(len(rows))
+            index.write_rows({1: [(number, b"" if what == "delete" else row(number)) for number in rows]})
+            live = live - rows if what == "delete" else live | rows
+            now_bytes, _ = index._room(0)
+            assert now_bytes <= used_bytes + more_bytes
+            size_bytes = (path / "data.mdb").stat().st_size
+            assert now_bytes + (512 << 10) <= size_bytes <= now_bytes + (3 << 20)
+        assert {number for number, _ in index.rows(1)} == live
+
+
+def test_a_large_commit_costs_what_it_holds(path: Path) -> None:
+    with opened(path) as index:
+        for _ in range(3):
+            index.write_rows({1: [(number, row(number)) for number in range(20_000)]})
+        pages = index._env.begin().stat(index._rows_db)["leaf_pages"]
+    # The tree, its copy of the last transaction and that of the one before, which nobody can read any more.
+    assert (path / "data.mdb").stat().st_size < 3 * pages * 4096 + (4 << 20)
+
+
+def test_a_disk_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk's fault is not called damage: nobody should remove a cache for a loose cable."""
+
+    def verify(data: str) -> None:
+        raise OSError(EIO, os.strerror(EIO))
+
+    monkeypatch.setattr("lmdb.verify.verify", verify)
+    assert refused(path) == f"the cache's index {path}/data.mdb cannot be read: Input/output error"
+
+
+def test_r7_a_write_beyond_the_limit_of_files_is_the_last(path: Path) -> None:
+    """A real refusal by the kernel in the middle of LMDB's commit: nothing of it is there, reads go on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(path) as index:
+        index.write_rows({1: [(0, row(0))]})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 4096, hard))
+        try:
+            with pytest.raises(CacheError, match="nothing more is recorded until the daemon is restarted"):
+                index.write_rows({1: [(number, row(number)) for number in range(50)]})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with pytest.raises(CacheError, match="nothing more is recorded"):
+            index.write_rows({1: [(1, row(1))]})
+        assert list(index.rows(1)) == [(0, row(0))]
+    with opened(path) as index:
+        assert list(index.rows(1)) == [(0, row(0))]
+        index.write_rows({1: [(1, row(1))]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import pytest
 
 from tierblk.cache.invariants import (
@@ -10,9 +12,12 @@ from tierblk.cache.invariants import (
     Violation,
     check,
     check_bytes,
+    check_committed,
     check_index,
+    check_session,
 )
 from tierblk.cache.rows import Entry, pack_row
+from tierblk.cache.superblock import Superblock
 from tierblk.core import crc32c
 from tierblk.extent import BLOCK_BYTES, PAGE_BYTES
 
@@ -60,6 +65,8 @@ def test_no_row_and_an_empty_one_are_good() -> None:
         ),
         (7, Entry(slot=5, cached=1, present=3, dirty=3), "volume", "I3", "dirty pages are nowhere: 0x0002"),
         (7, Entry(slot=5, cached=1, present=1, dirty=1), "base", "I3", "pages of a base"),
+        (7, Entry(slot=5, cached=1, present=1), "base", "R9", "are present: 0x0001"),
+        (7, Entry(slot=5, zero=1), "base", "R2", "slot 5 is held by a block of which nothing is cached"),
         (100, Entry(slot=5, cached=0x20), "base", "R9", "beyond the end"),
         (101, Entry(zero=1), "base", "R9", "beyond the end"),
         (7, Entry(slot=10, cached=1), "base", "I4", "slot 10 does not exist: there are 10"),
@@ -101,6 +108,47 @@ def test_i4_a_slot_that_the_index_names_has_had_no_other_owner() -> None:
     assert str(found) == "I4 layer 1 block 1: the index names slot 2, which block 5 of layer 1 has now"
 
 
+def test_r8_a_slot_that_only_the_index_names_is_not_free() -> None:
+    index = layer({0: Entry(slot=1, cached=1), 1: Entry(slot=2, cached=1)})
+    maps = [layer({0: Entry(slot=1, cached=1)})]
+    assert check_index([index], maps, SlotCounts(7, quarantined=1)) == []
+    assert check_index([index], maps, SlotCounts(7, quarantined=0, bad=1)) == []
+    (found,) = check_index([index], maps, SlotCounts(8, quarantined=0))
+    assert str(found).startswith("R8: only the index names 1 slots, 0 are in quarantine")
+
+
+@pytest.mark.parametrize(
+    ("index", "current"),
+    [
+        ({64: Entry(slot=2, cached=1)}, {}),
+        ({}, {64: Entry(slot=2, cached=1)}),
+        ({64: Entry(slot=2, cached=1)}, {64: Entry(slot=2, cached=3)}),
+        ({64: Entry(slot=2, cached=1)}, {64: Entry(slot=3, cached=1)}),
+        ({64: Entry(zero=1)}, {64: Entry(zero=3)}),
+    ],
+)
+def test_r6_a_row_that_differs_is_changed(index: dict[int, Entry], current: dict[int, Entry]) -> None:
+    same = {0: Entry(slot=1, cached=1)}
+    (found,) = check_committed([layer({**same, **index})], [layer({**same, **current})])
+    assert (found.invariant, found.block) == ("R6", 64)
+    for side in (index, current):
+        assert check_committed([layer({**same, **side})], [layer({**same, **side})]) == []
+
+
+def test_r8_index_and_slots_are_of_one_time() -> None:
+    def texts(session: int, confirmed: int, index: int, clean: bool, running: bool) -> list[str]:
+        superblock = Superblock(UUID(int=1), 256, 0, 0, session, confirmed)
+        return list(map(str, check_session(superblock, index, clean, running=running)))
+
+    assert texts(5, 5, 5, clean=False, running=True) == []
+    assert texts(6, 5, 5, clean=True, running=False) == []
+    assert texts(5, 5, 4, clean=True, running=False) == [
+        "R8: the index is of session 4, the slots of 5 to 5: what it names cannot be trusted"
+    ]
+    assert texts(6, 5, 6, False, True) == ["R8: session 6 is served and the slots do not say so"]
+    assert len(texts(5, 5, 5, clean=True, running=True)) == 1
+
+
 def test_i5_bytes_are_compared_with_their_sums() -> None:
     slots = bytearray(4 * BLOCK_BYTES)
     sums = bytearray(4 * 64)
@@ -120,3 +168,5 @@ def test_i5_bytes_are_compared_with_their_sums() -> None:
     assert check_bytes(rows, read, bytes(sums)) == [
         Violation("I5", 1, 8, "page 3 in slot 1 is not what was written there")
     ]
+    (found,) = check_bytes([layer({8: Entry(slot=4, cached=1)})], read, bytes(sums))
+    assert str(found) == "I5 layer 1 block 8: slot 4 lies beyond the end of the slots file or of its sums"

@@ -33,7 +33,7 @@ class TestAttach:
         info = cli.daemon_info()
         assert info["cwd"] == "/"
         assert info["stdin"] == "/dev/null"
-        assert info["session_leader"]
+        assert info["session_of_keeper"]
         log = (cli.folder / "run" / "log").iterdir()
         assert re.fullmatch(r"[A-Za-z0-9._-]+-cache-[0-9a-f]{8}\.log", next(log).name)
 

@@ -45,9 +45,30 @@ def test_the_shortest_document() -> None:
     assert loaded.device.name == "debian"
     assert loaded.cache.dir == Path("/var/cache/tierblk")
     assert loaded.cache.size == 4 * 2**30
-    assert loaded.remote.max_window == 2**20
+    assert loaded.remote.max_window == 8 * 2**20
     assert loaded.remote.retry_delay == 0.2
     assert loaded.remote.ca_file is None
+
+
+@pytest.mark.parametrize(
+    ("written", "patience_s"),
+    [
+        ("wait", float("inf")),
+        ("wait 30s", 30.0),
+        ("wait 100h", None),
+        ("fail", 0.0),
+        ("30s", None),
+        (3, None),
+    ],
+)
+def test_patience(written: object, patience_s: float | None) -> None:
+    document = with_("device", on_outage=written)
+    if patience_s is None:
+        assert "device.on_outage: must be" in faults(document)[0]
+        return
+    loaded = config.parse(document, HERE)
+    assert loaded.device.on_outage == patience_s
+    assert config.parse(loaded.to_document(), HERE).device.on_outage == patience_s
 
 
 def test_it_cannot_be_changed() -> None:
@@ -70,8 +91,10 @@ def test_all_faults_at_once() -> None:
         "device.name: must be 1 to 32 of a-z, 0-9, dot, underscore and dash, beginning with a letter or a "
         'digit, is "Debian X"',
         'device.plane: must be "auto" or "copy", is "warp"',
-        "device.queue_dept: unknown key (known here: name, plane, queue_depth); did you mean queue_depth?",
-        "devices: unknown table or key (known here: base, cache, device, remote); did you mean device?",
+        "device.queue_dept: unknown key (known here: name, on_outage, plane, queue_depth, recovery); "
+        "did you mean queue_depth?",
+        "devices: unknown table or key (known here: base, cache, daemon, device, remote); "
+        "did you mean device?",
         "remote: must be a table ([remote]), is 4 (an integer)",
     ]
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--foreground",
         action="store_true",
-        help="run the daemon in this process; SIGTERM or Ctrl-C detaches and stops",
+        help="run the daemon in this process; SIGTERM leaves the device to the next one, Ctrl-C detaches it",
     )
     # The child of --foreground: waits at this pipe for its parent's daemon instead of starting one.
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             raise
     else:
         raise DaemonError(f"the daemon of {loaded.cache.dir} ends again and again")
-    _finish(device, args)
+    finish(device, json=args.json)
     return 0
 
 
@@ -73,7 +73,7 @@ def _patience_s(loaded: Config) -> float:
     return 60 + 2 * (remote.retries + 1) * (remote.connect_timeout + remote.read_timeout + remote.retry_delay)
 
 
-def _finish(device: dict[str, Any], args: argparse.Namespace) -> None:
+def finish(device: dict[str, Any], *, json: bool) -> None:
     """Partitions, warnings, and then the path."""
     path = str(device.get("path"))
     warnings = list(device.get("warnings") or ())
@@ -81,7 +81,7 @@ def _finish(device: dict[str, Any], args: argparse.Namespace) -> None:
         warnings += filter(None, (blockdev.scan_partitions(path), blockdev.wait_for_nodes(path)))
     for warning in warnings:
         warn(str(warning))
-    if args.json:
+    if json:
         put_json({**device, "warnings": warnings})
     else:
         put(path)
@@ -120,7 +120,7 @@ def _helper(loaded: Config, args: argparse.Namespace) -> int:
         return 0
     try:
         device = daemon.request("POST", "/v1/devices", _body(loaded), _patience_s(loaded))
-        _finish(device, args)
+        finish(device, json=args.json)
     except DeadSocket:
         return 0
     except BaseException:

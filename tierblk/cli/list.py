@@ -1,4 +1,4 @@
-"""Lists the attached devices of all daemons of this machine.
+"""Lists the attached devices of all daemons of this machine, and those that wait for one.
 
 With --json: {"devices": [...]}, each with all that `tierblk status` knows.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from tierblk.cli import orphans
 from tierblk.cli.arguments import add_json, add_timeout
 from tierblk.cli.client import Daemon, ask_all
 from tierblk.cli.output import complain, put_json, put_table, say
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if error:
             complain(error)
             failed = error
+    found += [orphans.shown(record) for _, record in orphans.waiting(args.timeout_s)]
     if args.json:
         put_json({"devices": found})
     elif found:

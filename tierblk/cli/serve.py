@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tierblk.errors import ConfigError, TierblkError
 
@@ -21,11 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `attach` passes on."""
     parser.add_argument("--config", required=True, metavar="PATH", help="says which cache directory to serve")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="where to write a JSON line when it serves")
+    parser.add_argument(
+        "--keep", action="store_true", help="start it again when it dies, from a small process in front of it"
+    )
     parser.add_argument("--log", metavar="FILE", help="append the log to this file instead of stderr")
 
 
 def run(args: argparse.Namespace) -> int:
     """Until SIGTERM or `tierblk stop`."""
+    if args.keep:
+        _keep(args)
     from tierblk import config, control
 
     try:
@@ -37,6 +42,18 @@ def run(args: argparse.Namespace) -> int:
             control.report_failure(args.ready_fd, error)
         raise
     return serve(loaded, args.ready_fd, debug=args.debug)
+
+
+def _keep(args: argparse.Namespace) -> NoReturn:
+    """Becomes the keeper (keeper.py): a fresh interpreter, small for want of all that is loaded here."""
+    from tierblk.cli.starting import keeper_command
+
+    words = ["serve", "--config", os.path.abspath(args.config)]
+    words += ["--log", os.path.abspath(args.log)] if args.log else []
+    words += ["--debug"] if args.debug else []
+    ready_fd = -1 if args.ready_fd is None else args.ready_fd
+    command = keeper_command(ready_fd, *words)
+    os.execv(command[0], command)
 
 
 def serve(loaded: Config, ready_fd: int | None, *, debug: bool) -> int:

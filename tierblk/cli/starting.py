@@ -37,6 +37,12 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", str(Path(tierblk.__file__).parent / "__main__.py"), *arguments]
 
 
+def keeper_command(ready_fd: int, *arguments: str) -> list[str]:
+    """The keeper in front of this tierblk with these arguments (keeper.py)."""
+    keeper = Path(__file__).with_name("keeper.py")
+    return [sys.executable, "-I", "-S", str(keeper), str(ready_fd), *command(*arguments)]
+
+
 def running_or_started(config: Config, *, timeout_s: float, debug: bool) -> tuple[Daemon, bool]:
     """The daemon of the config's cache directory, and whether it was started here. TierblkError."""
     cache_dir = config.cache.dir
@@ -151,15 +157,16 @@ def _open_log(path: Path) -> int:
 
 
 def _start(config: Config, *, debug: bool) -> None:
-    """Starts a daemon in a session of its own; returns when it serves. Raises what it reports."""
+    """Starts a daemon, with its keeper, in a session of its own; returns when it serves. Raises what it
+    reports."""
     _folder("log")
     log_file = log_path(config.cache.dir)
     log_fd = _open_log(log_file)
     ready_read, ready_write = os.pipe()
     try:
-        arguments = ["serve", "--config", str(config.path), "--ready-fd", str(ready_write)]
+        arguments = ["serve", "--config", str(config.path), *(["--debug"] if debug else [])]
         process = subprocess.Popen(
-            command(*arguments, *(["--debug"] if debug else [])),
+            keeper_command(ready_write, *arguments),
             stdin=subprocess.DEVNULL,
             stdout=log_fd,
             stderr=log_fd,

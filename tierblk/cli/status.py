@@ -7,13 +7,15 @@ the attachment; sizes are bytes.
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
+from tierblk.cli import orphans
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.client import Daemon, ask_all, find_device
 from tierblk.cli.output import complain, put, put_json, say
 from tierblk.errors import TierblkError
-from tierblk.units import format_size
+from tierblk.units import format_duration, format_size
 
 NAME = "status"
 HELP = "show what devices do"
@@ -32,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a paragraph a device."""
     if args.name is not None:
-        _, device = find_device(args.name, args.cache_dir, args.timeout_s)
+        orphan = orphans.find(args.name, args.cache_dir, args.timeout_s)
+        if orphan is not None:
+            device = orphans.shown(orphan[1])
+        else:
+            _, device = find_device(args.name, args.cache_dir, args.timeout_s)
         if args.json:
             put_json(device)
         else:
@@ -59,9 +65,14 @@ def _all(args: argparse.Namespace) -> int:
         found += devices
         if not args.json:
             _put_daemon(daemon, info, devices)
+    alone = [orphans.shown(record) for _, record in orphans.waiting(args.timeout_s, args.cache_dir)]
     if args.json:
-        put_json({"daemons": daemons, "devices": found})
-    elif not daemons and not failed:
+        put_json({"daemons": daemons, "devices": found + alone})
+        return failed.exit_code if failed else 0
+    for device in alone:
+        _put_device(device)
+        put("")
+    if not daemons and not alone and not failed:
         say("no daemon is running")
     return failed.exit_code if failed else 0
 
@@ -76,11 +87,14 @@ def _put_daemon(daemon: Daemon, info: dict[str, Any], devices: list[dict[str, An
 
 def _put_device(device: dict[str, Any]) -> None:
     number = {key: value for key, value in device.items() if isinstance(value, int)}
-    hit, miss, zero = (number.get(key, 0) for key in ("hit_bytes", "miss_bytes", "zero_bytes"))
     put(f"{device.get('name')}: {device.get('path')}, {device.get('state')}")
-    if device.get("reason"):
-        put(f"  because   {device['reason']}")
+    _put_trouble(device, number)
     put(f"  image     {format_size(number.get('size_bytes', 0))} at {device.get('url')}")
+    if device.get("recovered"):
+        put(f"  recovered {ago(device['recovered'])}: an earlier daemon made it; numbers count from there")
+    if "requests" not in device:  # nobody serves it, so nobody counts
+        return
+    hit, miss, zero = (number.get(key, 0) for key in ("hit_bytes", "miss_bytes", "zero_bytes"))
     put(f"  plane     {device.get('plane')}, {number.get('queue_depth', 0)} requests deep")
     put(f"  read      {format_size(hit + miss + zero)} in {number.get('requests', 0)} requests")
     put(f"  hits      {format_size(hit)} ({hit_ratio(hit, miss)})")
@@ -88,6 +102,26 @@ def _put_device(device: dict[str, Any]) -> None:
     fetched, gets = number.get("fetched_bytes", 0), number.get("remote_requests", 0)
     put(f"  fetched   {format_size(fetched)} in {gets} requests to the remote")
     put(f"  errors    {number.get('errors', 0)}")
+
+
+def _put_trouble(device: dict[str, Any], number: dict[str, int]) -> None:
+    """Why it is not well, since when, what waits for that, and when it is tried again."""
+    if device.get("reason"):
+        put(f"  because   {device['reason']}")
+    if device.get("since"):
+        put(f"  since     {ago(device['since'])}")
+    if number.get("waiting"):
+        oldest_s = number.get("oldest_wait_ms", 0) / 1000
+        patience = f'on_outage = "{device.get("on_outage", "wait")}"'
+        put(f"  waiting   {number['waiting']} requests, the oldest for {oldest_s:.1f} s ({patience})")
+    if device.get("next_try_s") is not None:
+        put(f"  next try  in {float(device['next_try_s']):.1f} s")
+
+
+def ago(unix_s: float) -> str:
+    """A time, and how long ago that was."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
+    return f"{when}, {format_duration(max(0, round(time.time() - unix_s)))} ago"
 
 
 def hit_ratio(hit_bytes: int, miss_bytes: int) -> str:

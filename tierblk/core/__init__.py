@@ -5,6 +5,7 @@ belong to the event loop's thread, but for those that say otherwise."""
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -25,13 +26,22 @@ MISS: int = lib.TB_EV_MISS
 FILLED: int = lib.TB_EV_FILLED
 NEED_SPACE: int = lib.TB_EV_NEED_SPACE
 EVICTED: int = lib.TB_EV_EVICTED
+WAITED: int = lib.TB_EV_WAITED
+READ_ON: int = lib.TB_EV_READ_ON
 FILL: int = lib.TB_CMD_FILL
 FAIL: int = lib.TB_CMD_FAIL
 EVICT: int = lib.TB_CMD_EVICT
+PREFETCH: int = lib.TB_CMD_PREFETCH
+GIVE_UP: int = lib.TB_CMD_GIVE_UP
+
+FILL_PART: int = lib.TB_FILL_PART
+FILL_WHOLE: int = lib.TB_FILL_WHOLE
+FILL_WHOLE_MORE: int = lib.TB_FILL_WHOLE_MORE
 
 _RECORD = struct.Struct("<HHIQQiI")
 _DELETED = 1 << 63
 _POLL_BATCH = 256
+_FOR_EVER_MS = 2**32 - 1
 
 
 class Record(NamedTuple):
@@ -156,6 +166,18 @@ class Engine:
         lib.tb_engine_stats(self.handle, out)
         return _counters(out)
 
+    def trim_staging(self) -> None:
+        """Gives the memory behind `staging` back to the system, while none of it is lent."""
+        lib.tb_engine_trim_staging(self.handle)
+
+    def set_watchdog(self, limit_s: float) -> None:
+        """Without a `beat` for this long while requests wait, the process is ended by SIGABRT; 0: never."""
+        lib.tb_engine_set_watchdog(self.handle, min(round(limit_s * 1000), _FOR_EVER_MS - 1))
+
+    def beat(self) -> None:
+        """The event loop lives; to be called about once a second."""
+        lib.tb_engine_beat(self.handle)
+
     def free_slots(self) -> int:
         return self.stats()["free"]
 
@@ -256,7 +278,7 @@ class Door:
         return self._door
 
     def stats(self) -> dict[str, int]:
-        """Counters of tb_stats: requests and bytes; `waiting` and `active` are levels."""
+        """Counters of tb_stats: requests and bytes; `waiting`, `active` and `oldest_wait_ms` are levels."""
         out = ffi.new("tb_stats *")
         lib.tb_door_stats(self.handle, out)
         return _counters(out)
@@ -264,6 +286,17 @@ class Door:
     def drain(self) -> None:
         """Ends every parked and later miss in EIO; hits go on. Before STOP_DEV, always."""
         lib.tb_door_drain(self.handle)
+
+    def leave(self) -> None:
+        """Hand-over of a device with user recovery: the thread ends soon and completes nothing any more; the
+        driver issues what is left to the next daemon. Other doors drain and quit."""
+        lib.tb_door_leave(self.handle)
+
+    def set_patience(self, patience_s: float) -> None:
+        """How long a request may wait for a fill: math.inf, or until GIVE_UP (0), or seconds, after which it
+        ends in EIO whatever the event loop does."""
+        ms = _FOR_EVER_MS if math.isinf(patience_s) else min(round(patience_s * 1000), _FOR_EVER_MS - 1)
+        lib.tb_door_set_patience(self.handle, ms)
 
     def quit(self) -> None:
         """Asks the thread to end when no request is active."""

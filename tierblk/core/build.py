@@ -6,7 +6,19 @@ from pathlib import Path
 from cffi import FFI
 
 CORE = Path("tierblk/core")
-SOURCES = ["ring.c", "crc32c.c", "slots.c", "map.c", "serve.c", "fill.c", "filler.c", "queue.c", "engine.c"]
+SOURCES = [
+    "ring.c",
+    "crc32c.c",
+    "slots.c",
+    "map.c",
+    "serve.c",
+    "fill.c",
+    "wait.c",
+    "write.c",
+    "filler.c",
+    "queue.c",
+    "engine.c",
+]
 SOURCES += ["ublk.c", "ublk_control.c", "local.c"]
 
 ffibuilder = FFI()

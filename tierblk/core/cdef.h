@@ -16,11 +16,21 @@
 #define TB_EV_FILLED 2
 #define TB_EV_NEED_SPACE 3
 #define TB_EV_EVICTED 4
+#define TB_EV_WAITED 5
+#define TB_EV_READ_ON 6
 
 /* Commands, Python to engine. */
 #define TB_CMD_FILL 1
 #define TB_CMD_FAIL 2
 #define TB_CMD_EVICT 3
+#define TB_CMD_PREFETCH 4
+#define TB_CMD_GIVE_UP 5
+
+/* FILL's result: more pages of the block follow; it has all that will come; and so it has, and the window's next block
+ * follows, so that both can be written together. */
+#define TB_FILL_PART 0
+#define TB_FILL_WHOLE 1
+#define TB_FILL_WHOLE_MORE 2
 
 /* One event or command; 32 bytes. Which fields count is said in docs/architecture.md, section Rings. */
 typedef struct {
@@ -35,11 +45,12 @@ typedef struct {
 
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
-    uint64_t slot_errors, waiting, active, enters;
+    uint64_t slot_errors, waiting, active, enters, oldest_wait_ms;
 } tb_stats;
 
 typedef struct {
-    uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, zero_blocks, evicted;
+    uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, slot_write_calls, zero_blocks;
+    uint64_t evicted, passed_blocks, expired;
 } tb_cache_stats;
 
 typedef struct tb_engine tb_engine;
@@ -54,10 +65,13 @@ int tb_engine_start(tb_engine *engine);
 int tb_engine_free(tb_engine *engine);
 int tb_engine_event_fd(tb_engine *engine);
 uint8_t *tb_engine_staging(tb_engine *engine);
+void tb_engine_trim_staging(tb_engine *engine);
 void tb_engine_set_low(tb_engine *engine, uint32_t free_slots);
 int tb_engine_poll(tb_engine *engine, tb_record *out, int max);
 int tb_engine_push(tb_engine *engine, const tb_record *in, int count);
 void tb_engine_stats(tb_engine *engine, tb_cache_stats *out);
+void tb_engine_set_watchdog(tb_engine *engine, uint32_t milliseconds);
+void tb_engine_beat(tb_engine *engine);
 
 /* Slots. */
 int tb_slots_finish_load(tb_engine *engine);
@@ -83,6 +97,8 @@ int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, tb_queue **
 int tb_local_read(tb_queue *door, uint64_t offset, uint64_t length, uint8_t *out);
 int tb_door_end_fd(tb_queue *door);
 int tb_door_drain(tb_queue *door);
+int tb_door_leave(tb_queue *door);
+void tb_door_set_patience(tb_queue *door, uint32_t milliseconds);
 int tb_door_quit(tb_queue *door);
 int tb_door_close(tb_queue *door);
 void tb_door_stats(tb_queue *door, tb_stats *out);

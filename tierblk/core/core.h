@@ -27,10 +27,16 @@
 #define TB_SECTOR 512u
 #define TB_STRIPES 1024u
 #define TB_MAX_FILLS 8192u
+#define TB_MAX_AHEAD 4096u /* fills that PREFETCH may have running: the others are for those that wait, one a tag */
+#define TB_NOTES 256u
+#define TB_RUN_BLOCKS 16u /* 1 MiB: what one write to the slots file holds at most */
+#define TB_OPEN_RUNS 16u
+#define TB_TICK_MS 250u
 
 /* Transient flags of an entry, meaningless to the next session. */
 #define TB_ENTRY_REFERENCED 1u /* hit since the eviction hand last passed */
 #define TB_ENTRY_PROBATION 2u  /* filled, not yet hit a second time */
+#define TB_ENTRY_MARKED 4u     /* the first request that touches it is to be told (READ_ON) */
 
 /* The half of an entry that must change as one: slot, masks, flags (R1). */
 typedef union {
@@ -81,6 +87,7 @@ struct tb_req {
     uint16_t tag, need;      /* need: pages of the block that are still to be put into it */
     uint16_t inflight;
     uint8_t tries, missed, slot_failed, all_zero;
+    uint32_t since_ms; /* when it began to wait for a fill; 0: it has not */
 } __attribute__((aligned(64)));
 
 typedef struct {
@@ -91,6 +98,7 @@ typedef struct {
     bool (*waiting)(tb_queue *queue);                             /* is there such work? asked before sleeping and leaving */
     void (*stop)(tb_queue *queue);                                /* on the way out, in the thread */
     void (*release)(tb_queue *queue);                             /* after join: free the door's own */
+    bool may_drop; /* whoever sent the requests sends those that are dropped again, to the next daemon */
 } tb_door_ops;
 
 struct tb_queue {
@@ -103,7 +111,8 @@ struct tb_queue {
     uint8_t *buffers;
     tb_req *inbox;    /* stack: requests that the filler hands back */
     uint32_t armed;   /* 1: asleep, or about to be: a producer must write to wake_fd */
-    uint32_t draining, quitting, done;
+    uint32_t draining, quitting, done, leaving;
+    uint32_t patience_ms; /* how long a request may wait for a fill; UINT32_MAX: for ever; 0: until GIVE_UP */
     uint32_t visitors; /* threads inside tb_queue_hand_back: the memory stays until they are out */
     uint16_t depth;
     int wake_fd, end_fd, failure;
@@ -121,16 +130,39 @@ typedef enum { FILL_FREE = 0, FILL_ASKED, FILL_WRITING } tb_fill_state;
 
 typedef struct tb_fill tb_fill;
 struct tb_fill {
-    tb_fill *next; /* in the miss inbox or the free list */
+    tb_fill *next;           /* in the miss inbox or the free list */
+    tb_fill *next_attention; /* in the attention inbox */
+    tb_fill *next_written;   /* in its run of slot writes */
     tb_layer *layer;
     tb_req *parked, **parked_end;
     uint64_t block, staging_offset;
     uint32_t token, slot;
     uint16_t want, staged, zeros, writing, inflight;
     uint8_t state, new_slot;
+    uint8_t told;      /* under the stripe lock: MISS was said, `want` is final */
+    uint8_t ahead;     /* under the stripe lock: nobody waits yet */
+    uint8_t attention; /* atomic: it is in the attention inbox */
+    uint8_t waited;    /* atomic: somebody began to wait for a fill that was ahead */
     int32_t result;
+    int32_t gave_up; /* under the stripe lock: what fail-fast doors get, 0: nothing yet */
+    uint32_t run_blocks, written_ms;
     uint32_t sums[TB_BLOCK_PAGES];
 };
+
+/* A block that a marked entry's first request touched, on its way to Python. */
+typedef struct tb_note tb_note;
+struct tb_note {
+    tb_note *next;
+    uint64_t block;
+    uint16_t layer;
+};
+
+/* Neighbouring blocks of one window, whole and staged, that will go to neighbouring slots in one write. */
+typedef struct {
+    tb_fill *first, **end;
+    uint64_t next_staging; /* where the block would lie that continues it */
+    uint32_t blocks, opened_ms;
+} tb_run;
 
 /* One-way ring of records between two threads, and the eventfd that wakes its consumer. */
 typedef struct {
@@ -155,8 +187,7 @@ struct tb_engine {
     uint32_t free_count, quarantined, hint, bad, hand, probation;
     bool loaded;
 
-    uint8_t *sums;
-    size_t sums_bytes;
+    int sums_fd;
     uint8_t *staging;
     uint64_t staging_bytes;
 
@@ -165,13 +196,18 @@ struct tb_engine {
 
     tb_fill *fills, *fill_free;
     tb_lock fill_lock;
-    uint32_t fills_used;
+    uint32_t fills_used, fills_active;
     uint16_t clock; /* ticks once per 1/64 of the slots filled */
     uint32_t clock_fills;
 
     tb_ring events, commands;
-    tb_fill *miss_inbox;
+    tb_fill *miss_inbox, *attention_inbox;
+    tb_note notes[TB_NOTES], *note_free, *note_inbox;
     uint32_t drain_scan, filler_quit, need_space_told;
+    uint32_t impatient; /* doors whose patience ends some time */
+    uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
+    tb_run runs[TB_OPEN_RUNS];
+    uint32_t write_failures, paused_ms, pause_ms, writing_blocks, oldest_write_ms;
     uint64_t evict_wanted, evict_done, evict_steps;
     uint32_t writes_inflight;
     struct io_uring ring;
@@ -184,7 +220,7 @@ struct tb_engine {
 };
 
 /* user_data of every SQE: a pointer (48 bits), what it is (low 3 bits), and the length expected in sectors (top byte). */
-enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3 };
+enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3, UD_RUN_WRITE = 4 };
 
 static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 {
@@ -243,9 +279,10 @@ void tb_map_mark(tb_layer *layer, uint64_t block);
 /* slots.c */
 int tb_slots_init(tb_engine *engine);
 void tb_slots_exit(tb_engine *engine);
-uint32_t tb_slot_take(tb_engine *engine);
+uint32_t tb_slot_take_run(tb_engine *engine, uint32_t want, uint32_t *got);
 void tb_slot_give_back(tb_engine *engine, uint32_t slot);
 void tb_slot_quarantine(tb_engine *engine, uint32_t slot);
+bool tb_slot_may_condemn(const tb_engine *engine);
 void tb_slot_condemn(tb_engine *engine, uint32_t slot);
 void tb_slot_own(tb_engine *engine, uint32_t slot, const tb_layer *layer, uint64_t block);
 bool tb_slot_owned(const tb_engine *engine, uint32_t slot);
@@ -254,14 +291,30 @@ void tb_evict_turn(tb_engine *engine);
 /* fill.c */
 int tb_fills_init(tb_engine *engine);
 tb_fill *tb_fill_begin(tb_layer *layer, uint64_t block, uint16_t want);
-void tb_fill_park(tb_fill *fill, tb_req *req);
 void tb_fill_stage(tb_engine *engine, tb_fill *fill, uint16_t pages);
 void tb_fill_put(tb_engine *engine, tb_fill *fill);
-void tb_fill_keep(tb_engine *engine, tb_fill *fill);
-void tb_fill_written(tb_engine *engine, tb_fill *fill);
+void tb_fill_keep(tb_engine *engine, tb_fill *fill, bool more);
 void tb_fill_end(tb_engine *engine, tb_fill *fill, int result, uint16_t cached, uint16_t zero);
 void tb_hand_back_all(tb_req *list, int result);
 void tb_say(tb_engine *engine, tb_record event);
+
+/* wait.c */
+void tb_wait_init(tb_engine *engine);
+void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing);
+void tb_touched(tb_layer *layer, uint64_t block);
+void tb_attend(tb_engine *engine);
+void tb_tell_misses(tb_engine *engine);
+void tb_free_leavers(tb_engine *engine);
+void tb_give_up(tb_engine *engine, tb_fill *fill, int result);
+void tb_tick(tb_engine *engine);
+uint32_t tb_now_ms(void);
+
+/* write.c */
+void tb_write_add(tb_engine *engine, tb_fill *fill, bool more);
+void tb_write_gap(tb_engine *engine, uint64_t staging_offset);
+void tb_write_flush(tb_engine *engine, uint32_t age_ms);
+void tb_write_done(tb_engine *engine, tb_fill *fill, int result, uint32_t expected);
+void tb_run_done(tb_engine *engine, tb_fill *first, int result);
 
 /* filler.c */
 void tb_filler_wake(tb_engine *engine);
@@ -278,6 +331,7 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_doo
 int tb_queue_start(tb_queue *queue);
 void tb_queue_free(tb_queue *queue);
 void tb_queue_hand_back(tb_req *req);
+void tb_drop(tb_req *req);
 void tb_queue_wake(tb_queue *queue);
 void tb_finish(tb_req *req);
 

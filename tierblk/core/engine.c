@@ -30,8 +30,7 @@ int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t stagi
     e->slot_count = slot_count;
     e->dio_align = dio_align;
     e->staging_bytes = staging_bytes;
-    e->sums_bytes = (size_t)slot_count * 64;
-    e->sums = MAP_FAILED;
+    e->sums_fd = sums_fd;
     e->staging = mmap(NULL, staging_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int rc = e->staging == MAP_FAILED ? -ENOMEM : tb_slots_init(e);
     rc = rc ? rc : tb_fills_init(e);
@@ -39,8 +38,7 @@ int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t stagi
     rc = rc ? rc : tb_ring_init(&e->commands);
     if (!rc) {
         madvise(e->staging, staging_bytes, MADV_DONTFORK);
-        e->sums = mmap(NULL, e->sums_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, sums_fd, 0);
-        rc = e->sums == MAP_FAILED ? -errno : 0;
+        tb_wait_init(e);
     }
     if (rc) {
         tb_engine_free(e);
@@ -86,8 +84,6 @@ int tb_engine_free(tb_engine *e)
         munmap(e->fills, TB_MAX_FILLS * sizeof *e->fills);
     if (e->staging != MAP_FAILED)
         munmap(e->staging, e->staging_bytes);
-    if (e->sums != MAP_FAILED)
-        munmap(e->sums, e->sums_bytes);
     free(e);
     return 0;
 }
@@ -102,6 +98,25 @@ int tb_engine_event_fd(tb_engine *e)
 uint8_t *tb_engine_staging(tb_engine *e)
 {
     return e->staging;
+}
+
+/* Gives the memory behind it back until it is used again. For moments when none of it is lent. */
+void tb_engine_trim_staging(tb_engine *e)
+{
+    madvise(e->staging, e->staging_bytes, MADV_DONTNEED);
+}
+
+/* How long the event loop may say nothing (tb_engine_beat) while requests wait before the process is ended; 0: for ever. */
+void tb_engine_set_watchdog(tb_engine *e, uint32_t milliseconds)
+{
+    tb_engine_beat(e);
+    __atomic_store_n(&e->watchdog_ms, milliseconds, __ATOMIC_RELAXED);
+}
+
+/* Event loop, from a timer: it lives. */
+void tb_engine_beat(tb_engine *e)
+{
+    __atomic_store_n(&e->beat_ms, tb_now_ms(), __ATOMIC_RELAXED);
 }
 
 /* NEED_SPACE is said once when fewer slots than this are free, and again after the next EVICTED or commit. */

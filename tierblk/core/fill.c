@@ -45,21 +45,16 @@ tb_fill *tb_fill_begin(tb_layer *layer, uint64_t block, uint16_t want)
     fill->want = want;
     fill->staged = fill->zeros = fill->writing = fill->inflight = 0;
     fill->slot = fill->new_slot = 0;
-    fill->result = 0;
+    fill->result = fill->gave_up = 0;
+    fill->told = fill->ahead = 0;
+    __atomic_store_n(&fill->waited, 0, __ATOMIC_RELAXED);
     fill->parked = NULL;
     fill->parked_end = &fill->parked;
+    TB_ADD(&e->fills_active, 1);
     layer->entries[block].fill = (uint32_t)(fill - e->fills) + 1;
     layer->entries[block].overtaken = 0;
     __atomic_store_n(&fill->state, FILL_ASKED, __ATOMIC_RELEASE);
     return fill;
-}
-
-/* Under the block's stripe lock. */
-void tb_fill_park(tb_fill *fill, tb_req *req)
-{
-    req->next = NULL;
-    *fill->parked_end = req;
-    fill->parked_end = &req->next;
 }
 
 static tb_req *take_parked(tb_fill *fill)
@@ -126,7 +121,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     if (cached) {
         if (!head.slot) {
             head.slot = fill->slot;
-            head.flags = TB_ENTRY_PROBATION;
+            head.flags = (head.flags & TB_ENTRY_MARKED) | TB_ENTRY_PROBATION;
             entry->born = e->clock;
             TB_ADD(&e->probation, 1);
         }
@@ -149,64 +144,11 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     fill->next = e->fill_free;
     e->fill_free = fill;
     tb_lock_give(&e->fill_lock);
+    TB_ADD(&e->fills_active, -1u);
 }
 
-void tb_fill_written(tb_engine *e, tb_fill *fill)
-{
-    if (fill->result == 0) {
-        /* I5: the sums are in place before the entry says cached, so the commit that names the pages syncs them. */
-        uint32_t *sums = (uint32_t *)(e->sums + (size_t)fill->slot * 64);
-        for (unsigned page = 0; page < TB_BLOCK_PAGES; page++)
-            if (fill->writing >> page & 1)
-                sums[page] = fill->sums[page];
-        if (++e->clock_fills > e->slot_count / 64) {
-            e->clock_fills = 0;
-            __atomic_store_n(&e->clock, (uint16_t)(e->clock + 1), __ATOMIC_RELAXED);
-        }
-        TB_COUNT(&e->stats.slot_writes, 1);
-        tb_fill_end(e, fill, 0, fill->writing, 0);
-        return;
-    }
-    TB_COUNT(&e->stats.slot_write_errors, 1);
-    if (fill->new_slot) {
-        if (fill->result == -EAGAIN || fill->result == -EINTR)
-            tb_slot_give_back(e, fill->slot);
-        else
-            tb_slot_condemn(e, fill->slot);
-    }
-    tb_fill_put(e, fill);
-    tb_fill_end(e, fill, fill->result, 0, 0);
-}
-
-static void want_space(tb_engine *e)
-{
-    if (TB_LOAD(&e->free_count) >= TB_LOAD(&e->low) || TB_LOAD(&e->need_space_told))
-        return;
-    __atomic_store_n(&e->need_space_told, 1, __ATOMIC_RELAXED);
-    tb_say(e, (tb_record){.kind = TB_EV_NEED_SPACE, .value = TB_LOAD(&e->free_count)});
-}
-
-static void write_slot(tb_engine *e, tb_fill *fill)
-{
-    uint16_t mask = fill->writing;
-    __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* stats look at it from outside */
-    while (mask) {
-        uint32_t first = (uint32_t)__builtin_ctz(mask);
-        uint32_t pages = (uint32_t)__builtin_ctz(~((uint32_t)mask >> first));
-        mask &= (uint16_t)~(((1u << pages) - 1) << first);
-        struct io_uring_sqe *sqe = tb_sqe(&e->ring);
-        io_uring_prep_write(sqe, 0, e->staging + fill->staging_offset + first * TB_PAGE_BYTES, pages * TB_PAGE_BYTES,
-                            (uint64_t)fill->slot * TB_BLOCK_BYTES + first * TB_PAGE_BYTES);
-        sqe->flags |= IOSQE_FIXED_FILE;
-        sqe->user_data = tb_ud(fill, UD_SLOT_WRITE, pages * TB_PAGE_BYTES);
-        fill->inflight++;
-        e->writes_inflight++;
-    }
-}
-
-/* Everything that will come has come. A block of nothing but zeros needs no slot. Without a free slot the block is not
- * kept: reads pass through (DESIGN 9). */
-void tb_fill_keep(tb_engine *e, tb_fill *fill)
+/* Everything that will come has come; see tb_write_add for `more`. A block of nothing but zeros needs no slot. */
+void tb_fill_keep(tb_engine *e, tb_fill *fill, bool more)
 {
     tb_layer *layer = fill->layer;
     uint16_t valid = tb_valid_pages(layer, fill->block);
@@ -216,6 +158,8 @@ void tb_fill_keep(tb_engine *e, tb_fill *fill)
     tb_head head = entry->head;
     fill->writing = fill->staged & (uint16_t)~(head.cached | head.zero | entry->overtaken); /* I7 */
     tb_lock_give(stripe);
+    if (fill->writing != (uint16_t)((1u << TB_BLOCK_PAGES) - 1) || fill->zeros == valid || head.slot)
+        tb_write_gap(e, fill->staging_offset);
     if (fill->zeros == valid && !head.slot && fill->writing == valid) {
         TB_COUNT(&e->stats.zero_blocks, 1);
         tb_fill_end(e, fill, 0, 0, valid);
@@ -226,17 +170,7 @@ void tb_fill_keep(tb_engine *e, tb_fill *fill)
         return;
     }
     fill->slot = head.slot; /* nobody but a fill gives an entry its slot, and this is its only fill (R2, I7) */
-    if (!fill->slot) {
-        fill->slot = tb_slot_take(e);
-        fill->new_slot = fill->slot != 0;
-        want_space(e);
-    }
-    if (fill->slot)
-        write_slot(e, fill);
-    else {
-        tb_fill_put(e, fill);
-        tb_fill_end(e, fill, 1, 0, 0);
-    }
+    tb_write_add(e, fill, more);
 }
 
 static bool all_zero(const uint8_t *page)
@@ -257,5 +191,5 @@ void tb_fill_stage(tb_engine *e, tb_fill *fill, uint16_t pages)
         if (all_zero(block + page * TB_PAGE_BYTES))
             fill->zeros |= (uint16_t)(1u << page);
     }
-    fill->staged |= pages;
+    __atomic_store_n(&fill->staged, fill->staged | pages, __ATOMIC_RELAXED); /* tb_park looks at it */
 }

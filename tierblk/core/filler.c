@@ -28,10 +28,16 @@ static void on_fill(tb_engine *e, const tb_record *command)
     }
     uint16_t valid = tb_valid_pages(fill->layer, fill->block);
     fill->staging_offset = command->value;
+    if (fill->gave_up) { /* its bytes come again: the remote is back */
+        tb_lock *stripe = tb_stripe(fill->layer, fill->block);
+        tb_lock_take(stripe);
+        fill->gave_up = 0;
+        tb_lock_give(stripe);
+    }
     tb_fill_stage(e, fill, (uint16_t)(command->pages & valid & (uint16_t)~fill->staged));
     tb_fill_put(e, fill);
-    if (command->result == 1 || fill->staged == valid)
-        tb_fill_keep(e, fill);
+    if (command->result != TB_FILL_PART || fill->staged == valid)
+        tb_fill_keep(e, fill, command->result == TB_FILL_WHOLE_MORE);
 }
 
 static void on_fail(tb_engine *e, const tb_record *command)
@@ -41,8 +47,50 @@ static void on_fail(tb_engine *e, const tb_record *command)
         tb_say(e, (tb_record){.kind = TB_EV_FILLED, .token = command->token, .value = command->value, .result = -ESTALE});
         return;
     }
-    fill->staged = 0; /* whoever still waits gets the error */
+    /* Whoever still waits gets the error. Not so when it was given up as something that nobody waits for: who came before
+     * Python heard of it looks again, and has a fill of his own. */
+    __atomic_store_n(&fill->staged, command->pages ? 1 : 0, __ATOMIC_RELAXED);
     tb_fill_end(e, fill, command->result < 0 ? command->result : -EIO, 0, 0);
+    tb_write_flush(e, 0); /* what came of this window before waits for nothing any more */
+}
+
+static void on_give_up(tb_engine *e, const tb_record *command)
+{
+    tb_fill *fill = by_token(e, command->token);
+    if (fill) /* else it has ended: nobody waits for it */
+        tb_give_up(e, fill, command->result);
+}
+
+/* Begins a fill of a block that lacks pages and has none. False: enough are running. */
+static bool prefetch(tb_engine *e, tb_layer *layer, uint64_t block, bool mark)
+{
+    if (TB_LOAD(&e->fills_active) >= TB_MAX_AHEAD || tb_map_prepare(layer, block))
+        return false;
+    tb_lock *stripe = tb_stripe(layer, block);
+    tb_lock_take(stripe);
+    tb_entry *entry = &layer->entries[block];
+    tb_head head = entry->head;
+    if (mark)
+        entry->head.flags |= TB_ENTRY_MARKED;
+    uint16_t missing = tb_valid_pages(layer, block) & (uint16_t)~(head.cached | head.zero);
+    tb_fill *fill = missing && !entry->fill ? tb_fill_begin(layer, block, missing) : NULL;
+    if (fill)
+        fill->told = fill->ahead = 1;
+    tb_lock_give(stripe);
+    if (fill)
+        tb_say(e, (tb_record){.kind = TB_EV_MISS, .layer = layer->id, .token = fill->token, .block = block,
+                              .value = missing, .result = 1, .pages = missing});
+    return true;
+}
+
+static void on_prefetch(tb_engine *e, const tb_record *command)
+{
+    tb_layer *layer = command->layer < TB_MAX_LAYERS ? e->layers[command->layer] : NULL;
+    if (!layer)
+        return;
+    for (uint64_t i = 0; i < command->value && command->block + i < layer->blocks; i++)
+        if (!prefetch(e, layer, command->block + i, i == command->pages))
+            return;
 }
 
 static bool take_commands(tb_engine *e)
@@ -57,53 +105,12 @@ static bool take_commands(tb_engine *e)
         else if (batch[i].kind == TB_CMD_EVICT) {
             e->evict_wanted += batch[i].value;
             e->evict_steps = 0;
-        }
+        } else if (batch[i].kind == TB_CMD_PREFETCH)
+            on_prefetch(e, &batch[i]);
+        else if (batch[i].kind == TB_CMD_GIVE_UP)
+            on_give_up(e, &batch[i]);
     }
     return count > 0;
-}
-
-static bool take_misses(tb_engine *e)
-{
-    tb_fill *stack = __atomic_exchange_n(&e->miss_inbox, NULL, __ATOMIC_SEQ_CST), *oldest = NULL;
-    while (stack) {
-        tb_fill *next = stack->next;
-        stack->next = oldest;
-        oldest = stack;
-        stack = next;
-    }
-    bool any = oldest != NULL;
-    for (tb_fill *fill = oldest; fill; fill = fill->next)
-        tb_say(e, (tb_record){.kind = TB_EV_MISS, .layer = fill->layer->id, .token = fill->token, .block = fill->block, .pages = fill->want});
-    return any;
-}
-
-/* tb_door_drain: ends every parked request of a draining door. Their fills go on, others may wait for the same block. */
-static void drain_scan(tb_engine *e)
-{
-    uint32_t used = __atomic_load_n(&e->fills_used, __ATOMIC_ACQUIRE);
-    for (uint32_t i = 0; i < used; i++) {
-        tb_fill *fill = &e->fills[i];
-        if (__atomic_load_n(&fill->state, __ATOMIC_ACQUIRE) == FILL_FREE)
-            continue;
-        tb_req *gone = NULL, **gone_end = &gone;
-        tb_lock *stripe = tb_stripe(fill->layer, fill->block);
-        tb_lock_take(stripe);
-        tb_req **link = &fill->parked;
-        while (*link) {
-            tb_req *req = *link;
-            if (!TB_LOAD(&req->queue->draining)) {
-                link = &req->next;
-                continue;
-            }
-            *link = req->next;
-            req->next = NULL;
-            *gone_end = req;
-            gone_end = &req->next;
-        }
-        fill->parked_end = link;
-        tb_lock_give(stripe);
-        tb_hand_back_all(gone, -EIO);
-    }
 }
 
 static void take_completions(tb_engine *e)
@@ -114,18 +121,47 @@ static void take_completions(tb_engine *e)
     {
         uint64_t ud = cqe->user_data;
         count++;
-        if (tb_ud_kind(ud) != UD_SLOT_WRITE) {
+        if (tb_ud_kind(ud) == UD_SLOT_WRITE)
+            tb_write_done(e, tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
+        else if (tb_ud_kind(ud) == UD_RUN_WRITE)
+            tb_run_done(e, tb_ud_pointer(ud), cqe->res);
+        else if (ud == UD_WAKE)
             tb_wake_arm(&e->ring, e->commands.wake_fd, &e->wake_value);
-            continue;
-        }
-        tb_fill *fill = tb_ud_pointer(ud);
-        if (cqe->res != (int)tb_ud_bytes(ud))
-            fill->result = cqe->res < 0 ? cqe->res : -EIO;
-        e->writes_inflight--;
-        if (--fill->inflight == 0)
-            tb_fill_written(e, fill);
     }
     io_uring_cq_advance(&e->ring, count);
+}
+
+static void tell_notes(tb_engine *e)
+{
+    tb_note *list = __atomic_exchange_n(&e->note_inbox, NULL, __ATOMIC_SEQ_CST);
+    while (list) {
+        tb_note *note = list;
+        list = note->next;
+        tb_say(e, (tb_record){.kind = TB_EV_READ_ON, .layer = note->layer, .block = note->block});
+        tb_lock_take(&e->fill_lock);
+        note->next = e->note_free;
+        e->note_free = note;
+        tb_lock_give(&e->fill_lock);
+    }
+}
+
+static bool has_work(tb_engine *e)
+{
+    return e->evict_wanted || __atomic_load_n(&e->miss_inbox, __ATOMIC_SEQ_CST) || __atomic_load_n(&e->attention_inbox, __ATOMIC_SEQ_CST) ||
+           __atomic_load_n(&e->note_inbox, __ATOMIC_SEQ_CST) || __atomic_load_n(&e->drain_scan, __ATOMIC_SEQ_CST);
+}
+
+/* While fills run it wakes a few times a second by itself, see tb_tick. */
+static void submit_and_sleep(tb_engine *e, bool idle)
+{
+    struct io_uring_cqe *cqe;
+    struct __kernel_timespec tick = {.tv_nsec = TB_TICK_MS * 1000000ll};
+    if (idle && TB_LOAD(&e->fills_active))
+        io_uring_submit_and_wait_timeout(&e->ring, &cqe, 1, &tick, NULL);
+    else
+        io_uring_submit_and_wait(&e->ring, idle ? 1 : 0);
+    if (!idle)
+        io_uring_get_events(&e->ring); /* DEFER_TASKRUN: completions appear only when asked for */
 }
 
 void *tb_filler_main(void *argument)
@@ -135,22 +171,25 @@ void *tb_filler_main(void *argument)
     prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     tb_wake_arm(&e->ring, e->commands.wake_fd, &e->wake_value);
     for (;;) {
-        bool busy = take_misses(e);
-        busy |= take_commands(e);
+        e->now_ms = tb_now_ms();
+        tb_tell_misses(e);
+        bool busy = take_commands(e);
+        tb_attend(e);
+        tell_notes(e);
         if (__atomic_exchange_n(&e->drain_scan, 0, __ATOMIC_SEQ_CST))
-            drain_scan(e);
+            tb_free_leavers(e);
         if (e->evict_wanted)
             tb_evict_turn(e);
+        tb_tick(e);
         if (__atomic_load_n(&e->events.head, __ATOMIC_ACQUIRE) != e->events.tail)
             tb_ring_kick(&e->events); /* once per turn, not per record: 8 times cheaper (core.md, 2) */
         bool quit = __atomic_load_n(&e->filler_quit, __ATOMIC_ACQUIRE);
+        if (quit)
+            tb_write_flush(e, 0);
         if (quit && !e->writes_inflight)
             break;
-        bool idle = tb_ring_arm(&e->commands) && !busy && !e->evict_wanted && !__atomic_load_n(&e->miss_inbox, __ATOMIC_SEQ_CST) &&
-                    !__atomic_load_n(&e->drain_scan, __ATOMIC_SEQ_CST) && !(__atomic_load_n(&e->filler_quit, __ATOMIC_SEQ_CST) && !quit);
-        io_uring_submit_and_wait(&e->ring, idle ? 1 : 0);
-        if (!idle)
-            io_uring_get_events(&e->ring); /* DEFER_TASKRUN: completions appear only when asked for */
+        bool idle = tb_ring_arm(&e->commands) && !busy && !has_work(e) && !(__atomic_load_n(&e->filler_quit, __ATOMIC_SEQ_CST) && !quit);
+        submit_and_sleep(e, idle);
         take_completions(e);
     }
     return NULL;

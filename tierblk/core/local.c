@@ -61,6 +61,7 @@ static void issue(tb_queue *queue, local_door *door, local_call *call)
     door->idle = req->next;
     req->result = 0;
     req->tries = req->missed = req->slot_failed = req->all_zero = 0;
+    req->since_ms = 0;
     req->cookie = call;
     req->block = at / TB_BLOCK_BYTES;
     req->offset = (uint32_t)(at % TB_BLOCK_BYTES);

@@ -277,7 +277,8 @@ int tb_layer_peek_row(tb_layer *layer, uint64_t row, uint8_t *packed)
     return row >= layer->rows ? -EINVAL : pack_row(layer, row, packed);
 }
 
-/* The kept checksums of a block's cached pages into sums[16]; returns the cached mask, or 0 when it has none. */
+/* The kept checksums of a block's cached pages into sums[16]; returns the cached mask, 0 when it has none, or what the
+ * disk said. */
 int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
 {
     if (block >= layer->blocks)
@@ -286,11 +287,22 @@ int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
         return 0;
     tb_lock *stripe = tb_stripe(layer, block);
     tb_lock_take(stripe);
-    tb_head head = layer->entries[block].head;
-    if (head.slot)
-        memcpy(sums, layer->engine->sums + (size_t)head.slot * 64, 64);
+    tb_entry *entry = &layer->entries[block];
+    tb_head head = entry->head;
+    bool holds = head.cached != 0;
+    entry->readers += holds; /* R2: the slot stays this block's until its sums are read */
     tb_lock_give(stripe);
-    return head.cached;
+    if (!holds)
+        return 0;
+    ssize_t got;
+    do
+        got = pread(layer->engine->sums_fd, sums, 64, (off_t)head.slot * 64);
+    while (got < 0 && errno == EINTR);
+    int failure = got == 64 ? 0 : got < 0 ? -errno : -EIO;
+    tb_lock_take(stripe);
+    entry->readers--;
+    tb_lock_give(stripe);
+    return failure ? failure : head.cached;
 }
 
 uint64_t tb_layer_cached_pages(tb_layer *layer)

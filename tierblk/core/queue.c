@@ -31,10 +31,21 @@ void tb_queue_wake(tb_queue *queue)
     }
 }
 
+/* For a door that leaves: not completed here. The driver issues it again to whoever serves the device next (I11). */
+void tb_drop(tb_req *req)
+{
+    TB_COUNT(&req->queue->stats.active, -1ull);
+}
+
 /* Counts the request and hands it to its door, once (I11). */
 void tb_finish(tb_req *req)
 {
     tb_stats *stats = &req->queue->stats;
+    req->since_ms = 0;
+    if (TB_LOAD(&req->queue->leaving)) {
+        tb_drop(req);
+        return;
+    }
     TB_COUNT(&stats->requests, 1);
     if (req->result < 0)
         TB_COUNT(&stats->errors, 1);
@@ -104,7 +115,7 @@ static void tell_ready(tb_queue *queue, int failure)
 
 static bool may_leave(tb_queue *queue)
 {
-    if (queue->done)
+    if (queue->done || (TB_LOAD(&queue->leaving) && TB_LOAD(&queue->stats.active) == 0))
         return true;
     return __atomic_load_n(&queue->quitting, __ATOMIC_ACQUIRE) && TB_LOAD(&queue->stats.active) == 0 &&
            !(queue->ops->waiting && queue->ops->waiting(queue));
@@ -188,6 +199,7 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_doo
     queue->depth = depth;
     queue->id = TB_ADD(&engine->next_door, 1);
     queue->armed = 0;
+    queue->patience_ms = UINT32_MAX;
     queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     queue->end_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     pthread_mutex_init(&queue->ready_lock, NULL);
@@ -239,6 +251,7 @@ void tb_queue_free(tb_queue *queue)
 {
     tb_engine *engine = queue->engine;
     uint32_t tags = queue->depth;
+    tb_door_set_patience(queue, UINT32_MAX);
     if (queue->ops && queue->ops->release)
         queue->ops->release(queue);
     if (queue->buffers && queue->buffers != MAP_FAILED)
@@ -278,6 +291,26 @@ int tb_door_drain(tb_queue *queue)
     return 0;
 }
 
+/* Hand-over: the thread ends when the slot reads that it has under way are over, and completes nothing any more. What it
+ * leaves undone the driver issues again to the next daemon, so this is for devices with user recovery; any other door
+ * drains and quits. */
+int tb_door_leave(tb_queue *queue)
+{
+    if (queue->ops->may_drop)
+        __atomic_store_n(&queue->leaving, 1, __ATOMIC_SEQ_CST);
+    tb_door_drain(queue);
+    return tb_door_quit(queue);
+}
+
+/* How long a request of this door may wait for a fill. UINT32_MAX: for ever; 0: until GIVE_UP says that the retries are
+ * used up; else it ends in EIO after that many milliseconds, whatever Python does. */
+void tb_door_set_patience(tb_queue *queue, uint32_t milliseconds)
+{
+    uint32_t before = __atomic_exchange_n(&queue->patience_ms, milliseconds, __ATOMIC_SEQ_CST);
+    bool was = before != 0 && before != UINT32_MAX, is = milliseconds != 0 && milliseconds != UINT32_MAX;
+    TB_ADD(&queue->engine->impatient, (uint32_t)is - (uint32_t)was);
+}
+
 /* Asks the thread to leave when its last request is done; drain first, or a miss may hold it. */
 int tb_door_quit(tb_queue *queue)
 {
@@ -304,4 +337,10 @@ void tb_door_stats(tb_queue *queue, tb_stats *out)
     uint64_t *from = (uint64_t *)&queue->stats, *to = (uint64_t *)out;
     for (size_t i = 0; i < sizeof *out / sizeof *to; i++)
         to[i] = TB_LOAD(&from[i]);
+    uint32_t now_ms = tb_now_ms();
+    for (uint16_t tag = 0; tag < queue->depth; tag++) {
+        uint32_t since_ms = TB_LOAD(&queue->reqs[tag].since_ms);
+        if (since_ms && (int32_t)(now_ms - since_ms) > 0 && now_ms - since_ms > out->oldest_wait_ms)
+            out->oldest_wait_ms = now_ms - since_ms;
+    }
 }

@@ -90,35 +90,6 @@ static void fail(tb_req *req, int result)
     tb_finish(req);
 }
 
-/* Under the stripe lock, which it gives back: the request waits for a fill of its block (I7: the one that runs, or a
- * new one). Draining is looked at under the lock, see tb_door_drain. */
-static void park(tb_req *req, tb_lock *stripe, uint16_t missing)
-{
-    tb_layer *layer = req->queue->base;
-    tb_engine *engine = layer->engine;
-    tb_entry *entry = &layer->entries[req->block];
-    bool ask = !entry->fill;
-    tb_fill *fill = NULL;
-    if (!__atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST))
-        fill = ask ? tb_fill_begin(layer, req->block, missing) : &engine->fills[entry->fill - 1];
-    if (!fill) {
-        tb_lock_give(stripe);
-        fail(req, -EIO);
-        return;
-    }
-    req->missed = 1;
-    TB_ADD(&req->queue->stats.waiting, 1);
-    tb_fill_park(fill, req); /* from here to the hand-back the request is the filler's */
-    tb_lock_give(stripe);
-    if (ask) {
-        tb_fill *head = TB_LOAD(&engine->miss_inbox);
-        do
-            fill->next = head;
-        while (!__atomic_compare_exchange_n(&engine->miss_inbox, &head, fill, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
-        tb_filler_wake(engine);
-    }
-}
-
 /* Looks up every page that the request still needs and serves it, or parks it. Woken requests come through here again,
  * from the start (R5). */
 void tb_serve(tb_req *req)
@@ -133,9 +104,11 @@ void tb_serve(tb_req *req)
     tb_entry *entry = &layer->entries[req->block];
     tb_lock_take(stripe);
     tb_head head = entry->head;
+    if (__builtin_expect(head.flags & TB_ENTRY_MARKED, 0))
+        tb_touched(layer, req->block);
     uint16_t missing = req->need & (uint16_t)~(head.cached | head.zero);
     if (missing) {
-        park(req, stripe, missing);
+        tb_park(req, stripe, missing);
         return;
     }
     uint16_t from_slot = req->need & head.cached;
@@ -170,8 +143,12 @@ static void forget_block(tb_layer *layer, tb_entry *entry, uint64_t block)
         head.slot = 0;
     tb_entry_store(entry, head);
     tb_map_mark(layer, block);
-    if (loses)
+    if (!loses)
+        return;
+    if (tb_slot_may_condemn(engine))
         tb_slot_condemn(engine, slot);
+    else
+        tb_slot_quarantine(engine, slot);
 }
 
 void tb_slot_read_done(tb_req *req, int result, uint32_t expected)

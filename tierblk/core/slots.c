@@ -75,26 +75,45 @@ int tb_slots_quarantine(tb_engine *e, uint32_t slot)
     return 0;
 }
 
-/* The next free slot after the last one taken, so that blocks fetched together lie together; 0 when there is none.
- * The caller owns it until it is given back, owned by a block, or condemned. */
-uint32_t tb_slot_take(tb_engine *e)
+/* Up to `want` neighbouring free slots, the first of them returned, 0 when there is none; the caller owns them until each
+ * is given back, owned by a block, or condemned. The search begins behind the last one taken, so that what is fetched
+ * together lies together, and takes the longest run that it meets within a few hundred words of the bitmap. */
+uint32_t tb_slot_take_run(tb_engine *e, uint32_t want, uint32_t *got)
 {
-    uint32_t slot = 0, words = (uint32_t)(bitmap_bytes(e) / 8);
+    uint32_t best = 0, best_length = 0, slot = e->hint, looked = 0;
     tb_lock_take(&e->slot_lock);
-    if (e->free_count) {
-        uint32_t word = e->hint / 64;
-        uint64_t bits = e->free[word] & ~0ull << (e->hint & 63);
-        while (!bits) {
-            word = word + 1 == words ? 0 : word + 1;
-            bits = e->free[word];
+    uint32_t most = e->free_count ? e->slot_count + 64 : 0; /* all of them if need be: one is free */
+    while (best_length < want && looked < most && !(best_length && looked > 16384)) {
+        if (slot >= e->slot_count) {
+            slot = 0;
+            continue;
         }
-        slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
-        e->free[word] &= ~(1ull << (slot & 63));
-        __atomic_store_n(&e->free_count, e->free_count - 1, __ATOMIC_RELAXED);
-        e->hint = slot + 1 == e->slot_count ? 1 : slot + 1;
+        uint64_t bits = e->free[slot / 64] >> (slot & 63);
+        if (!bits) {
+            looked += 64 - (slot & 63);
+            slot = (slot | 63) + 1;
+            continue;
+        }
+        uint32_t skip = (uint32_t)__builtin_ctzll(bits), length = 0;
+        slot += skip;
+        while (length < want && slot + length < e->slot_count && tb_bit_get(e->free, slot + length))
+            length++;
+        if (length > best_length) {
+            best = slot;
+            best_length = length;
+        }
+        slot += length;
+        looked += skip + length;
+    }
+    for (uint32_t i = 0; i < best_length; i++)
+        e->free[(best + i) / 64] &= ~(1ull << ((best + i) & 63));
+    if (best_length) {
+        __atomic_store_n(&e->free_count, e->free_count - best_length, __ATOMIC_RELAXED);
+        e->hint = best + best_length < e->slot_count ? best + best_length : 1;
     }
     tb_lock_give(&e->slot_lock);
-    return slot;
+    *got = best_length;
+    return best;
 }
 
 /* For a slot that no row ever named since it was taken: free at once. */
@@ -116,6 +135,13 @@ void tb_slot_quarantine(tb_engine *e, uint32_t slot)
     tb_bit_set(e->quarantine[0], slot);
     __atomic_store_n(&e->quarantined, e->quarantined + 1, __ATOMIC_RELAXED);
     tb_lock_give(&e->slot_lock);
+}
+
+/* A bad spot is avoided until the next start. A disk that fails everywhere would leave no cache behind: what it gives back
+ * when it has recovered is tried again. */
+bool tb_slot_may_condemn(const tb_engine *e)
+{
+    return TB_LOAD(&e->bad) < e->slot_count / 64 + 8;
 }
 
 /* For a slot whose medium failed: nobody gets it before the next start. */

@@ -61,6 +61,7 @@ static void begin(tb_queue *queue, tb_req *req)
     uint64_t start = desc.start_sector * TB_SECTOR;
     req->result = 0;
     req->tries = req->missed = req->slot_failed = req->all_zero = 0;
+    req->since_ms = 0;
     req->length = 0;
     TB_COUNT(&queue->stats.active, 1);
     if ((desc.op_flags & 0xff) != UBLK_OP_READ) { /* a read-only device: nothing else carries data here */
@@ -84,6 +85,8 @@ static void begin(tb_queue *queue, tb_req *req)
 static void ublk_event(tb_queue *queue, uint64_t user_data, int result)
 {
     ublk_door *door = queue->door;
+    if (result == 0 && TB_LOAD(&queue->leaving))
+        return; /* the driver has it again as soon as we are gone */
     if (result == 0) {
         begin(queue, tb_ud_pointer(user_data));
         return;
@@ -111,6 +114,7 @@ static void ublk_release(tb_queue *queue)
 
 static const tb_door_ops ops = {
     .start = ublk_start, .event = ublk_event, .complete = commit, .stop = ublk_stop, .release = ublk_release,
+    .may_drop = true,
 };
 
 /* Queue 0 of a device after SET_PARAMS and before START_DEV. cdev_fd is /dev/ublkcN, opened O_NONBLOCK; it stays the

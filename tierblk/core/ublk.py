@@ -15,6 +15,7 @@ from tierblk.core._core import ffi, lib
 F_SUPPORT_ZERO_COPY = 1 << 0
 F_USER_RECOVERY = 1 << 3
 F_USER_RECOVERY_REISSUE = 1 << 4
+F_RECOVERY = F_USER_RECOVERY | F_USER_RECOVERY_REISSUE
 F_CMD_IOCTL_ENCODE = 1 << 6
 F_USER_COPY = 1 << 7
 F_UPDATE_SIZE = 1 << 10
@@ -33,13 +34,15 @@ FEATURE_NAMES = {
     F_NO_AUTO_PART_SCAN: "NO_AUTO_PART_SCAN",
 }
 
-STATE_DEAD, STATE_LIVE, STATE_QUIESCED = 0, 1, 2
+STATE_DEAD, STATE_LIVE, STATE_QUIESCED, STATE_FAIL_IO = 0, 1, 2, 3
 
 _GET_DEV_INFO = 0x80207502
 _ADD_DEV = 0xC0207504
 _START_DEV = 0xC0207506
 _STOP_DEV = 0xC0207507
 _SET_PARAMS = 0xC0207508
+_START_USER_RECOVERY = 0xC0207510
+_END_USER_RECOVERY = 0xC0207511
 _GET_FEATURES = 0x80207513
 _DEL_DEV_ASYNC = 0x80207514
 _TRY_STOP_DEV = 0xC0207517
@@ -121,6 +124,18 @@ def set_params(dev_id: int, *, size_bytes: int, block_bytes: int, read_only: boo
 def start_dev(dev_id: int, *, pid: int, timeout_ms: int) -> None:
     """START_DEV: /dev/ublkbN appears. The queue must be fetching and misses be served."""
     _control(_START_DEV, dev_id, None, pid, timeout_ms, f"START_DEV of device {dev_id}")
+
+
+def start_user_recovery(dev_id: int) -> None:
+    """START_USER_RECOVERY: the device may be opened and fetched from again. OSError EBUSY while the process
+    that had it is still letting go of it, ENODEV when there is no such device."""
+    _control(_START_USER_RECOVERY, dev_id, None, 0, QUICK_MS, f"START_USER_RECOVERY of device {dev_id}")
+
+
+def end_user_recovery(dev_id: int, *, pid: int, timeout_ms: int) -> None:
+    """END_USER_RECOVERY: requests come again, first those that the old server had not completed. The queue
+    must be fetching."""
+    _control(_END_USER_RECOVERY, dev_id, None, pid, timeout_ms, f"END_USER_RECOVERY of device {dev_id}")
 
 
 def stop_dev(dev_id: int, *, timeout_ms: int) -> None:

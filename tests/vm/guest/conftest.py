@@ -16,7 +16,7 @@ import pytest
 from tests.vm.guest.helpers import (
     Tierblk,
     WebServer,
-    kill_tierblk_processes,
+    clean_up,
     left_behind,
     wait_until,
     write_image,
@@ -75,7 +75,7 @@ def ublk_module() -> Path:
 @pytest.fixture(autouse=True)
 def nothing_left_behind(ublk_module: Path) -> Iterator[None]:
     """After each test: no ublk device, no process in D state, no daemon. What is left fails the test, then
-    is killed.
+    is taken away.
     """
     yield
     try:
@@ -83,7 +83,7 @@ def nothing_left_behind(ublk_module: Path) -> Iterator[None]:
             lambda: not left_behind(), LEFT_BEHIND_LIMIT_S, lambda: f"left behind: {'; '.join(left_behind())}"
         )
     finally:
-        kill_tierblk_processes()
+        clean_up()
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ BLKGETSIZE64 = 0x80081272
 
 # How a config says that one wants to see an error soon: a test of an outage takes seconds, not minutes.
 IMPATIENT: dict[str, str | int] = {
+    "device__on_outage": "fail",
     "remote__connect_timeout": "2s",
     "remote__read_timeout": "4s",
     "remote__retries": 1,

@@ -71,11 +71,16 @@ def tierblk_processes() -> dict[int, str]:
     return found
 
 
-def kill_tierblk_processes() -> None:
-    """The last resort after a test that failed to stop them."""
-    for pid in tierblk_processes():
+def clean_up() -> None:
+    """The last resort after a test that left something: processes are killed, keepers before their daemons,
+    and then the devices that wait for a daemon are deleted.
+    """
+    found = sorted(tierblk_processes().items(), key=lambda item: "keeper.py" not in item[1])
+    for pid, _ in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    if list(Path("/dev").glob("ublkc*")):
+        RunningCommand(("reap",)).finish(COMMAND_LIMIT_S)
 
 
 def _is_of_kernel(process: Path) -> bool:

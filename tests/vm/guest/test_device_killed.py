@@ -1,4 +1,6 @@
-"""kill -9 of the daemon: what it cached is there for the next one, and nobody waits for the dead (R1)."""
+"""kill -9 of the daemon of a device without recovery: what it cached is there for the next one, and nobody
+waits for the dead (R1). With recovery: test_device_survives.py.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,12 @@ from tests.vm.guest.helpers import Tierblk, WebServer, wait_until
 
 IMAGE_BYTES = 6 * MIB
 CACHED_BYTES = 4 * MIB
+NO_RECOVERY: dict[str, str | int] = {
+    "device__recovery": False,
+    "cache__commit_interval": "10m",
+    "remote__readahead": False,
+    "remote__max_window": "1MiB",
+}
 
 
 def test_after_kill_9_the_start_is_warm_nothing_is_refetched_and_the_orphan_is_deleted(
@@ -30,7 +38,7 @@ def test_after_kill_9_the_start_is_warm_nothing_is_refetched_and_the_orphan_is_d
     """No commit has run, so the map in memory is all that knows of the cached blocks."""
     image = make_image("killed.raw", IMAGE_BYTES, seed=31)
     cache = scratch / "cache"
-    config = tierblk.config("killed", web.url_of(image), cache, "16MiB", cache__commit_interval="10m")
+    config = tierblk.config("killed", web.url_of(image), cache, "16MiB", **NO_RECOVERY)
     device = tierblk.attach(config)
     compare_whole(device, image, limit_bytes=CACHED_BYTES)
     wait_for_status(tierblk, "killed", lambda now: now["cached_bytes"] == CACHED_BYTES)
@@ -58,7 +66,7 @@ def test_readers_that_wait_when_the_daemon_is_killed_get_eio_and_the_next_daemon
     image = make_image("inflight.raw", IMAGE_BYTES, seed=32)
     cache = scratch / "cache"
     with moody(image.read_bytes()) as server:
-        config = tierblk.config("inflight", server.url, cache, "16MiB", **IMPATIENT)
+        config = tierblk.config("inflight", server.url, cache, "16MiB", **IMPATIENT, **NO_RECOVERY)
         device = tierblk.attach(config)
         compare_whole(device, image, limit_bytes=MIB)
         server.mood = "half"

@@ -54,12 +54,27 @@ def waiting(
     return found
 
 
-def test_sigterm_while_requests_wait_ends_them_with_eio_and_leaves_no_device(
+def test_sigterm_while_requests_wait_leaves_them_to_the_next_daemon_which_may_never_come(
     scratch: Path, tierblk: Tierblk, waiting: dict[str, tuple[Path, WaitingReader]]
 ) -> None:
-    """As a service manager stops it."""
+    """As a service manager replaces it. Whoever does not want to wait says so."""
     daemon = DaemonProcess(scratch / "cache")
     daemon.signal(signal.SIGTERM)
+    daemon.ended(STOP_LIMIT_S)
+    assert all(reader.waits for _, reader in waiting.values())
+    assert {device["state"] for device in tierblk.json("list")["devices"]} == {"no daemon"}
+    for mood in waiting:
+        tierblk.run("detach", "--force", mood, limit_s=STOP_LIMIT_S)
+    assert [reader.result(5) for _, reader in waiting.values()] == [EIO] * 3
+    assert devices() == []
+
+
+def test_sigint_while_requests_wait_ends_them_with_eio_and_leaves_no_device(
+    scratch: Path, tierblk: Tierblk, waiting: dict[str, tuple[Path, WaitingReader]]
+) -> None:
+    """As Ctrl-C stops it."""
+    daemon = DaemonProcess(scratch / "cache")
+    daemon.signal(signal.SIGINT)
     daemon.ended(STOP_LIMIT_S)
     assert [reader.result(5) for _, reader in waiting.values()] == [EIO] * 3
     assert devices() == []

@@ -1,0 +1,189 @@
+"""The keeper, run as `attach` runs it, with small programs in the daemon's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tierblk.cli import keeper
+from tierblk.cli.keeper import fate, next_delay
+
+KEEPER = str(Path(keeper.__file__))
+
+# A daemon that says it is ready, tells its number of life, and does what its turn in `fates` says.
+DAEMON = """
+import json, os, signal, sys
+folder, ready_fd = sys.argv[1], int(sys.argv[-1])
+life = sum(name.isdecimal() for name in os.listdir(folder))
+open(os.path.join(folder, str(life)), "w").write(str(os.getpid()))
+fate = json.load(open(os.path.join(folder, "fates")))[life]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+if fate != "fails":
+    os.write(ready_fd, json.dumps({"ok": True, "socket": folder + "/control.sock"}).encode() + b"\\n")
+os.close(ready_fd)
+print("lives", life, flush=True)
+if fate == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fate == "waits":
+    signal.pause()
+sys.exit({"fails": 6, "errs": 1, "stops": 0}[fate])
+"""
+
+
+class Run:
+    """A keeper whose daemons meet the given fates one after the other."""
+
+    def __init__(self, folder: Path, fates: list[str]) -> None:
+        folder.mkdir()
+        (folder / "fates").write_text(json.dumps(fates))
+        self.folder = folder
+        self.ready_fd, write_fd = os.pipe()
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            KEEPER,
+            str(write_fd),
+            sys.executable,
+            "-c",
+            DAEMON,
+            str(folder),
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=(write_fd,)
+        )
+        os.close(write_fd)
+
+    def lives(self, number: int) -> None:
+        """The next line of a daemon says that it is that one."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"lives {number}\n"
+
+    def pid_of(self, number: int) -> int:
+        return int((self.folder / str(number)).read_text())
+
+    def children(self) -> list[int]:
+        """The daemons that run; asked before the keeper is reaped."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        try:
+            return [int(word) for word in path.read_text().split()]
+        except FileNotFoundError:
+            return []
+
+    def ready(self) -> str:
+        with open(self.ready_fd, closefd=False) as pipe:
+            return pipe.read()
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and log."""
+        _, said = self.process.communicate(timeout=30)
+        return self.process.returncode, said
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[list[Run]]:
+    """Keepers that are killed at the end."""
+    made: list[Run] = []
+    yield made
+    for run in made:
+        children = run.children()
+        run.process.kill()
+        for pid in children:  # they have its stdout
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.process.communicate()
+        with suppress(OSError):
+            os.close(run.ready_fd)
+
+
+def start(runs: list[Run], tmp_path: Path, *fates: str) -> Run:
+    runs.append(Run(tmp_path / "run", list(fates)))
+    return runs[-1]
+
+
+def test_a_daemon_that_dies_is_started_again_and_one_that_stops_is_not(
+    runs: list[Run], tmp_path: Path
+) -> None:
+    run = start(runs, tmp_path, "killed", "errs", "stops")
+    for life in range(3):
+        run.lives(life)
+    code, said = run.end()
+    assert code == 0
+    assert "was ended by SIGKILL (9)" in said
+    assert "starting it again in 0.2 s" in said
+    assert "ended with status 1" in said
+    assert "starting it again in 0.4 s" in said
+    assert json.loads(run.ready())["ok"], "one line, of the first start"
+
+
+def test_a_first_start_that_fails_is_the_keepers_end(runs: list[Run], tmp_path: Path) -> None:
+    run = start(runs, tmp_path, "fails")
+    assert run.end() == (6, "")
+    assert run.ready() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_signal_to_the_keeper_ends_both(runs: list[Run], tmp_path: Path, number: int) -> None:
+    run = start(runs, tmp_path, "waits")
+    run.lives(0)
+    run.process.send_signal(number)
+    assert run.end() == (0, "")
+
+
+def test_a_signal_while_no_daemon_runs_ends_the_keeper(runs: list[Run], tmp_path: Path) -> None:
+    run = start(runs, tmp_path, *["killed"] * 20)
+    for life in range(4):
+        run.lives(life)  # the next pause is long
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[0] in (0, 128 + signal.SIGKILL)
+
+
+def test_sighup_replaces_the_daemon_without_a_pause(runs: list[Run], tmp_path: Path) -> None:
+    run = start(runs, tmp_path, "waits", "waits", "stops")
+    run.lives(0)
+    run.process.send_signal(signal.SIGHUP)
+    run.lives(1)
+    run.process.send_signal(signal.SIGHUP)
+    run.lives(2)
+    assert run.end() == (0, "")
+
+
+def test_another_daemon_that_serves_the_cache_is_left_alone(runs: list[Run], tmp_path: Path) -> None:
+    run = start(runs, tmp_path, "waits", "stops")
+    run.lives(0)
+    (run.folder / "daemon.json").write_text(json.dumps({"pid": os.getpid()}))
+    os.kill(run.pid_of(0), signal.SIGKILL)
+    code, said = run.end()
+    assert code == 0
+    assert f"another daemon (process {os.getpid()}) serves the cache now" in said
+
+
+def test_it_is_small(runs: list[Run], tmp_path: Path) -> None:
+    """Its own memory, not what it shares with every other interpreter."""
+    run = start(runs, tmp_path, "waits")
+    run.lives(0)
+    status = Path(f"/proc/{run.process.pid}/status").read_text()
+    (anonymous_kib,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
+    assert anonymous_kib < 8192
+
+
+def test_pauses_grow_and_begin_anew_after_a_long_life() -> None:
+    delays = [0.1]
+    for _ in range(7):
+        delays.append(next_delay(delays[-1], 1.0))
+    assert delays[1:] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert next_delay(5.0, 61.0) == 0.2
+
+
+def test_fates_in_words() -> None:
+    assert fate(6 << 8) == "ended with status 6"
+    assert fate(signal.SIGABRT) == "was ended by SIGABRT (6)"
+    assert fate(40) == "was ended by a signal (40)"

@@ -1,0 +1,257 @@
+/* Writing fills to their slots. The whole blocks of a window go to a run of neighbouring slots in few large writes: 64 KiB
+ * O_DIRECT writes cost several times the CPU of 1 MiB ones (DESIGN 6). A block waits for its neighbours in an open run, as
+ * long as Python says that they follow; readers do not wait for it, they get their bytes out of staging.
+ *
+ * The sums are written through the file, not a mapping: a disk that fails is then an errno and no SIGBUS. */
+#define _GNU_SOURCE
+#include "core.h"
+
+#define SLOW_WRITE_MS 500u
+#define FAILURES_BEFORE_PAUSE 4u
+
+static void want_space(tb_engine *e)
+{
+    if (TB_LOAD(&e->free_count) >= TB_LOAD(&e->low) || TB_LOAD(&e->need_space_told))
+        return;
+    __atomic_store_n(&e->need_space_told, 1, __ATOMIC_RELAXED);
+    tb_say(e, (tb_record){.kind = TB_EV_NEED_SPACE, .value = TB_LOAD(&e->free_count)});
+}
+
+/* Not cached, because there is no slot or the disk is no use at the moment: reads pass through (DESIGN 9). */
+static void pass_through(tb_engine *e, tb_fill *fill)
+{
+    TB_COUNT(&e->stats.passed_blocks, 1);
+    tb_fill_put(e, fill);
+    tb_fill_end(e, fill, 1, 0, 0);
+}
+
+/* By the pause's beginning and length: an end kept as an instant would lie ahead again when the clock has gone half round. */
+static bool pauses(const tb_engine *e)
+{
+    return e->now_ms - e->paused_ms < e->pause_ms;
+}
+
+/* A disk that fails is left alone for a while; one that is so slow that half of the staging memory waits for it gets
+ * nothing more until it has caught up. Either way the network's speed is the reader's. */
+static bool disk_is_no_use(tb_engine *e)
+{
+    if (pauses(e))
+        return true;
+    return (uint64_t)e->writing_blocks * TB_BLOCK_BYTES >= e->staging_bytes / 2 && e->now_ms - e->oldest_write_ms > SLOW_WRITE_MS;
+}
+
+static void began(tb_engine *e, tb_fill *fill)
+{
+    if (e->writing_blocks++ == 0)
+        e->oldest_write_ms = e->now_ms;
+    fill->written_ms = e->now_ms;
+    __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* stats look at it from outside */
+}
+
+static void write_pages(tb_engine *e, tb_fill *fill)
+{
+    uint16_t mask = fill->writing;
+    began(e, fill);
+    while (mask) {
+        uint32_t first = (uint32_t)__builtin_ctz(mask);
+        uint32_t pages = (uint32_t)__builtin_ctz(~((uint32_t)mask >> first));
+        mask &= (uint16_t)~(((1u << pages) - 1) << first);
+        struct io_uring_sqe *sqe = tb_sqe(&e->ring);
+        io_uring_prep_write(sqe, 0, e->staging + fill->staging_offset + first * TB_PAGE_BYTES, pages * TB_PAGE_BYTES,
+                            (uint64_t)fill->slot * TB_BLOCK_BYTES + first * TB_PAGE_BYTES);
+        sqe->flags |= IOSQE_FIXED_FILE;
+        sqe->user_data = tb_ud(fill, UD_SLOT_WRITE, pages * TB_PAGE_BYTES);
+        TB_COUNT(&e->stats.slot_write_calls, 1);
+        fill->inflight++;
+        e->writes_inflight++;
+    }
+}
+
+/* Gives the run its slots and writes it, in one piece when that many neighbouring slots are free. */
+static void write_run(tb_engine *e, tb_run *run)
+{
+    tb_fill *fill = run->first;
+    uint32_t left = run->blocks;
+    run->first = NULL;
+    run->blocks = 0;
+    while (fill) {
+        uint32_t got = 0, slot = disk_is_no_use(e) ? 0 : tb_slot_take_run(e, left, &got);
+        want_space(e);
+        if (!slot) {
+            for (tb_fill *next; fill; fill = next) {
+                next = fill->next_written;
+                pass_through(e, fill);
+            }
+            return;
+        }
+        tb_fill *first = fill, *last = fill;
+        struct io_uring_sqe *sqe = tb_sqe(&e->ring);
+        io_uring_prep_write(sqe, 0, e->staging + first->staging_offset, got * TB_BLOCK_BYTES, (uint64_t)slot * TB_BLOCK_BYTES);
+        sqe->flags |= IOSQE_FIXED_FILE;
+        sqe->user_data = tb_ud(first, UD_RUN_WRITE, 0);
+        TB_COUNT(&e->stats.slot_write_calls, 1);
+        e->writes_inflight++;
+        first->run_blocks = got;
+        for (uint32_t i = 0; i < got; i++, fill = fill->next_written) {
+            fill->slot = slot + i;
+            fill->new_slot = 1;
+            began(e, fill);
+            last = fill;
+        }
+        last->next_written = NULL;
+        left -= got;
+    }
+}
+
+static tb_run *open_run(tb_engine *e, uint64_t staging_offset)
+{
+    tb_run *empty = NULL, *largest = &e->runs[0];
+    for (unsigned i = 0; i < TB_OPEN_RUNS; i++) {
+        tb_run *run = &e->runs[i];
+        if (run->blocks && run->next_staging == staging_offset)
+            return run;
+        if (!run->blocks)
+            empty = run;
+        else if (run->blocks > largest->blocks)
+            largest = run;
+    }
+    if (!empty) {
+        write_run(e, largest);
+        empty = largest;
+    }
+    empty->end = &empty->first;
+    empty->opened_ms = e->now_ms;
+    return empty;
+}
+
+/* A fill that has all that will come of it. `more`: the block behind it will follow, from the place behind it. */
+void tb_write_add(tb_engine *e, tb_fill *fill, bool more)
+{
+    fill->next_written = NULL;
+    if (fill->slot || fill->writing != (uint16_t)((1u << TB_BLOCK_PAGES) - 1)) {
+        if (disk_is_no_use(e)) {
+            pass_through(e, fill);
+            return;
+        }
+        if (!fill->slot) {
+            uint32_t got;
+            fill->slot = tb_slot_take_run(e, 1, &got);
+            fill->new_slot = fill->slot != 0;
+            want_space(e);
+        }
+        if (fill->slot)
+            write_pages(e, fill);
+        else
+            pass_through(e, fill);
+        return;
+    }
+    __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* nothing more is taken for it (R5) */
+    tb_run *run = open_run(e, fill->staging_offset);
+    *run->end = fill;
+    run->end = &fill->next_written;
+    run->next_staging = fill->staging_offset + TB_BLOCK_BYTES;
+    if (++run->blocks == TB_RUN_BLOCKS || !more)
+        write_run(e, run);
+}
+
+/* The block at this place joins no run: what waits for it waits for nothing any more. */
+void tb_write_gap(tb_engine *e, uint64_t staging_offset)
+{
+    for (unsigned i = 0; i < TB_OPEN_RUNS; i++)
+        if (e->runs[i].blocks && e->runs[i].next_staging == staging_offset)
+            write_run(e, &e->runs[i]);
+}
+
+/* Runs that are open for so long are written as they are: their neighbours do not come, or not soon. */
+void tb_write_flush(tb_engine *e, uint32_t age_ms)
+{
+    for (unsigned i = 0; i < TB_OPEN_RUNS; i++)
+        if (e->runs[i].blocks && e->now_ms - e->runs[i].opened_ms >= age_ms)
+            write_run(e, &e->runs[i]);
+}
+
+/* I5: the sums are in the file before the entry says cached, so the commit that names the pages syncs them. */
+static int write_sums(tb_engine *e, const tb_fill *fill)
+{
+    uint16_t mask = fill->writing;
+    while (mask) {
+        uint32_t first = (uint32_t)__builtin_ctz(mask);
+        uint32_t pages = (uint32_t)__builtin_ctz(~((uint32_t)mask >> first));
+        mask &= (uint16_t)~(((1u << pages) - 1) << first);
+        ssize_t bytes = (ssize_t)(pages * sizeof *fill->sums);
+        ssize_t written;
+        do
+            written = pwrite(e->sums_fd, fill->sums + first, (size_t)bytes, (off_t)fill->slot * 64 + first * (off_t)sizeof *fill->sums);
+        while (written < 0 && errno == EINTR);
+        if (written != bytes)
+            return written < 0 ? -errno : -EIO;
+    }
+    return 0;
+}
+
+/* One bad place is condemned. When write after write fails it is the disk, or its filesystem is full or read-only: the
+ * places are not to blame, and it is tried again after a pause that doubles up to half a minute. */
+static void write_failed(tb_engine *e, tb_fill *fill)
+{
+    TB_COUNT(&e->stats.slot_write_errors, 1);
+    bool place = fill->result == -EIO && e->write_failures < FAILURES_BEFORE_PAUSE && tb_slot_may_condemn(e);
+    /* Writes that were under way when the pause began say nothing new. */
+    if (fill->result != -EAGAIN && fill->result != -EINTR && !pauses(e) && ++e->write_failures >= FAILURES_BEFORE_PAUSE) {
+        uint32_t doublings = e->write_failures - FAILURES_BEFORE_PAUSE;
+        e->paused_ms = e->now_ms;
+        e->pause_ms = doublings < 7 ? 250u << doublings : 30000u;
+    }
+    if (fill->new_slot) {
+        if (place)
+            tb_slot_condemn(e, fill->slot);
+        else
+            tb_slot_give_back(e, fill->slot);
+    }
+    tb_fill_put(e, fill);
+    tb_fill_end(e, fill, fill->result, 0, 0);
+}
+
+static void written(tb_engine *e, tb_fill *fill)
+{
+    e->writing_blocks--;
+    e->oldest_write_ms = fill->written_ms; /* writes end about in the order they began */
+    if (fill->result == 0)
+        fill->result = write_sums(e, fill);
+    if (fill->result) {
+        write_failed(e, fill);
+        return;
+    }
+    e->write_failures = 0;
+    if (++e->clock_fills > e->slot_count / 64) {
+        e->clock_fills = 0;
+        __atomic_store_n(&e->clock, (uint16_t)(e->clock + 1), __ATOMIC_RELAXED);
+    }
+    TB_COUNT(&e->stats.slot_writes, 1);
+    tb_fill_end(e, fill, 0, fill->writing, 0);
+}
+
+void tb_write_done(tb_engine *e, tb_fill *fill, int result, uint32_t expected)
+{
+    if (result != (int)expected)
+        fill->result = result < 0 ? result : -EIO;
+    e->writes_inflight--;
+    if (--fill->inflight == 0)
+        written(e, fill);
+}
+
+void tb_run_done(tb_engine *e, tb_fill *fill, int result)
+{
+    int failure = result == (int)(fill->run_blocks * TB_BLOCK_BYTES) ? 0 : result < 0 ? result : -EIO;
+    e->writes_inflight--;
+    bool again = failure && fill->run_blocks > 1; /* which place was at fault only each block by itself can tell */
+    for (tb_fill *next; fill; fill = next) {
+        next = fill->next_written; /* read first: the fill is another's as soon as it has ended */
+        if (again) {
+            e->writing_blocks--;
+            write_pages(e, fill);
+            continue;
+        }
+        fill->result = failure;
+        written(e, fill);
+    }
+}

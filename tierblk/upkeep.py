@@ -1,0 +1,115 @@
+"""What the engine asks of the event loop: fills, space, commits, and a sign of life for its watchdog."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from tierblk.cache import Cache, Watermarks, commit_is_due, slots_to_evict
+from tierblk.config import Config
+from tierblk.core import EVICT, EVICTED, NEED_SPACE, Record
+from tierblk.errors import TierblkError
+from tierblk.fill import Fills
+
+log = logging.getLogger(__name__)
+
+_BEAT_S = 1.0
+
+
+class Upkeep:
+    """Serves the events of a cache's engine from `start` to `stop`. All of it runs on the event loop."""
+
+    def __init__(self, cache: Cache, fills: Fills, config: Config) -> None:
+        """config: of the daemon; its [cache] and [daemon] count."""
+        self._cache = cache
+        self._fills = fills
+        self._config = config
+        settings = config.cache
+        self._marks = Watermarks.of(
+            cache.engine.slot_count - 1, settings.free_low_percent, settings.free_high_percent
+        )
+        self._evicting_slots = 0
+        self._commit_failure: str | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._beating: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Before the first door is opened."""
+        engine = self._cache.engine
+        engine.set_low(self._marks.low_slots)
+        asyncio.get_running_loop().add_reader(engine.event_fd, self._on_events)
+        engine.set_watchdog(self._config.daemon.watchdog)
+        self._beat()
+        self._keep(self._commit_on_timer())
+
+    async def stop(self) -> None:
+        """No event comes any more: doors are closed, fills are idle."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        asyncio.get_running_loop().remove_reader(self._cache.engine.event_fd)
+        self._fills.close()
+        self._cache.engine.set_watchdog(0)  # nobody waits any more, and the last commit may take long
+        if self._beating is not None:
+            self._beating.cancel()
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps the cache from keeping what is fetched, if anything does."""
+        return self._commit_failure or self._fills.slot_write_failure
+
+    def _keep(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _beat(self) -> None:
+        """The loop lives: the core, which would end the process when it does not, learns it."""
+        self._cache.engine.beat()
+        self._beating = asyncio.get_running_loop().call_later(_BEAT_S, self._beat)
+
+    def _on_events(self) -> None:
+        for event in self._fills.take(self._cache.engine.poll()):
+            if event.kind == EVICTED:
+                self._evicting_slots = 0
+                # Nothing could go: asking again at once would only spin. The next fill says NEED_SPACE.
+                self._make_space(may_evict=event.value > 0)
+            elif event.kind == NEED_SPACE:
+                self._make_space()
+
+    def _make_space(self, *, may_evict: bool = True) -> None:
+        """Eviction ahead of demand; what it freed is of use after a commit only (I4)."""
+        engine = self._cache.engine
+        stats = engine.stats()
+        free, quarantined = stats["free"], stats["quarantined"]
+        count = slots_to_evict(
+            self._marks,
+            total=stats["slots"],
+            free=free,
+            quarantined=quarantined,
+            evicting=self._evicting_slots,
+        )
+        if count and may_evict:
+            self._evicting_slots += count
+            engine.push([Record(EVICT, value=count)])
+        elif commit_is_due(self._marks, free=free, quarantined=quarantined):
+            self._keep(self._commit())
+
+    async def _commit(self) -> None:
+        try:
+            await self._cache.commit()
+        except TierblkError as error:
+            if self._commit_failure is None:
+                log.error("%s", error)
+            self._commit_failure = str(error)
+        else:
+            self._commit_failure = None
+            # What was freed since the last look may not be enough: NEED_SPACE is not said twice.
+            self._make_space()
+
+    async def _commit_on_timer(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.cache.commit_interval)
+            if self._cache.changed():
+                await self._commit()
