@@ -1,6 +1,7 @@
 """Benchmarks of tierblk, beside its peers.
 
     python3 -m bench               measures, prints the tables, keeps everything in build/bench/DATE.json
+    python3 -m bench cold [PART]…  only the cold reads: random, stream, other (or those that are named)
     python3 -m bench show FILE     prints the tables of a kept result
     python3 -m bench compare A B   says which ratios changed beyond noise from A to B
 
@@ -37,6 +38,10 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--progress", type=Path)
         part.add_argument("--disk")
         part.add_argument("--null", type=Path)
+    cold = verbs.add_parser("cold")
+    cold.add_argument("--quick", action="store_true")
+    cold.add_argument("--result", type=Path)
+    cold.add_argument("parts", nargs="*", help="random, stream, other; default: all")
     verbs.add_parser("show").add_argument("file", type=Path)
     comparing = verbs.add_parser("compare")
     comparing.add_argument("before", type=Path)
@@ -86,6 +91,26 @@ def _part(options: argparse.Namespace) -> None:
     _write(result, options.result)
 
 
+def _cold(options: argparse.Namespace) -> None:
+    from bench import cold
+
+    if unknown := set(options.parts) - set(cold.PARTS):
+        raise BenchError(f"there is no part {min(unknown)}; the parts are {', '.join(cold.PARTS)}")
+    plan = cold.Plan.quick() if options.quick else cold.Plan()
+    result = _empty(vars(plan))
+    result.commit = _commit()
+    where = "this machine, in-process door"
+    result.kernel = {"release": os.uname().release, "where": where, "cpus": os.cpu_count(), "plane": "none"}
+    build_dir = REPO / "build" / "bench"
+    build_dir.mkdir(parents=True, exist_ok=True)
+    cold.measure(plan, result, build_dir, Progress(), options.parts or cold.PARTS)
+    kept = options.result or build_dir / f"{result.date}-cold.json"
+    _write(result, kept)
+    if options.result is None:
+        sys.stdout.write(report.table(result))
+        sys.stderr.write(f"kept as {kept.relative_to(REPO)}\n")
+
+
 def _run() -> None:
     from bench import where
 
@@ -98,12 +123,14 @@ def _run() -> None:
     loads = where.Loads()
     part = build_dir / f"part-{os.getpid()}.json"
     try:
-        native = where.native(part, quick=quick, loads=loads)
+        native = where.here("native", part, quick=quick, loads=loads)
+        cold = where.here("cold", part, quick=quick, loads=loads)
         part.unlink()
         result = where.under(kernel, part, quick=quick, loads=loads)
     finally:
         part.unlink(missing_ok=True)
-    result.samples += native.samples
+    result.samples += [*native.samples, *cold.samples]
+    result.facts |= cold.facts
     result.commit = _commit()
     result.kernel |= {"how": kernel.how, "where": kernel.words}
     result.settings["quick"] = quick
@@ -120,6 +147,8 @@ def main() -> int:
     try:
         if options.verb in ("inside", "native"):
             _part(options)
+        elif options.verb == "cold":
+            _cold(options)
         elif options.verb == "show":
             sys.stdout.write(report.table(_load(options.file)))
         elif options.verb == "compare":

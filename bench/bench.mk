@@ -2,7 +2,12 @@
 #   make bench       hits, latency and misses beside null, loop, nbdkit and curl, as ratios (docs/benchmarks.md);
 #                    TIERBLK_BENCH_QUICK=1: only see that it runs
 
-.PHONY: bench
+#   make bench-cold  only the cold reads over a slow link, beside curl, nbdkit and QEMU
+
+.PHONY: bench bench-cold
 
 bench: setup
 	$(VENV)/bin/python -m bench
+
+bench-cold: setup
+	$(VENV)/bin/python -m bench cold

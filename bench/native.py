@@ -22,7 +22,7 @@ from bench.results import Result, Sample
 from bench.targets import MIB, make_image, nginx
 from tierblk import config
 from tierblk.cache import Cache
-from tierblk.core import BLOCK_BYTES, FILLED, MISS, Engine, Layer, LocalDoor, local_door
+from tierblk.core import BLOCK_BYTES, Engine, Layer, LocalDoor, local_door
 from tierblk.errors import TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Base
@@ -40,7 +40,7 @@ size = "{cache_mib}MiB"
 
 
 @asynccontextmanager
-async def _tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[Engine, Layer, Fills]]:
+async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[Engine, Layer, Fills]]:
     """Cache, fetcher and filler as the daemon puts them together, without eviction: the cache has room."""
     loop = asyncio.get_running_loop()
     engine_of = partial(Engine, staging_bytes=settings.remote.staging)
@@ -52,20 +52,16 @@ async def _tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[E
     fills = Fills(cache.engine, bases, settings.remote.max_window // BLOCK_BYTES)
 
     def on_events() -> None:
-        misses = []
-        for event in cache.engine.poll():
-            if event.kind == MISS:
-                misses.append(event)
-            elif event.kind == FILLED:
-                fills.filled(event)
-        fills.miss(misses)
+        fills.take(cache.engine.poll())
 
     loop.add_reader(cache.engine.event_fd, on_events)
     try:
         yield cache.engine, layer, fills
         await fills.idle()
     finally:
+        bases.clear()
         await fills.stop()
+        fills.close()
         loop.remove_reader(cache.engine.event_fd)
         await source.aclose()
         await cache.close()
@@ -80,7 +76,7 @@ def _read(door: LocalDoor, offset_bytes: int) -> float:
 
 async def _cold_read(settings: config.Config, run_dir: Path, size: int, depth: int) -> tuple[float, float]:
     """(seconds until the last byte was read, CPU-seconds until all of it was on the disk as well)."""
-    async with _tier(settings, run_dir) as (engine, layer, fills):
+    async with tier(settings, run_dir) as (engine, layer, fills):
         loop = asyncio.get_running_loop()
         with local_door(engine, layer, queue_depth=64) as door, ThreadPoolExecutor(depth) as readers:
             began_s, cpu_began_s = time.monotonic(), time.process_time()

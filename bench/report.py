@@ -12,6 +12,9 @@ TITLES = {
     "p99": "latency of a hit at depth 1 (us, 99 % are faster; lower is better)",
     "miss": "misses, cold sequential read in 1 MiB pieces (MB/s, higher is better)",
     "cpu": "CPU of a miss (CPU-seconds of the server or of curl per GB; lower is better)",
+    "cold-random": "cold random reads of 4 KiB, 20 ms a request (IOPS, higher is better)",
+    "cold-cpu": "CPU of a cold random read (us of the daemon; lower is better)",
+    "cold-stream": "cold reads through 20 ms and 1 Gbit/s (MB/s, higher is better)",
     "cpu-hit": "CPU of a hit (us of the server a request; lower is better)",
 }
 Row = list[str]

@@ -14,7 +14,7 @@ from typing import Any
 
 FORMAT = 1
 SUBJECT = "tierblk"
-PEERS = ("null", "loop", "nbdkit", "curl")
+PEERS = ("null", "loop", "nbdkit", "nbdkit+cache", "qemu", "bare", "curl")
 """What ratios are made to. Other targets stand beside them for orientation."""
 CHANGE_MIN = 0.03
 """A smaller change of a figure is never called one: two runs of one binary differ by as much."""
@@ -25,7 +25,8 @@ ROUNDS_MIN = 3
 @dataclass(frozen=True)
 class Sample:
     """`section`: hit (IOPS), latency (us), p99 (us), miss (MB/s), cpu (CPU-seconds per GB of the server),
-    cpu-hit (CPU us a request). `medium`: where the cache is, or native. `size_bytes` of a request;
+    cpu-hit (CPU us a request), cold-random (IOPS), cold-cpu (CPU us a read), cold-stream (MB/s). `medium`:
+    where the cache is, or native; the pattern of cold reads. `size_bytes` of a request;
     `round` from 0."""
 
     section: str

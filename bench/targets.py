@@ -181,6 +181,27 @@ def nbdkit(home: Path, file: Path) -> Iterator[Target]:
             output(["nbd-client", "-d", path])
 
 
+@contextmanager
+def nbd_over_http(kind: str, home: Path, url: str) -> Iterator[str]:
+    """The NBD address of a peer that reads an image over HTTP without a cache directory of its own: nbdkit's
+    curl plugin, the same behind its cache filter, or QEMU's http driver. Raises BenchError."""
+    address = home / "peer.sock"
+    address.unlink(missing_ok=True)
+    plugin = ["curl", f"url={url}"]
+    words: dict[str, list[str | Path]] = {
+        "nbdkit": ["nbdkit", "-f", "-r", "-U", address, *plugin],
+        "nbdkit+cache": [
+            "nbdkit", "-f", "-r", "-U", address, "--filter=cache", *plugin, "cache-on-read=true",
+        ],
+        "qemu": ["qemu-nbd", "-r", "-t", "-e", "4", "-k", address, "-f", "raw", url],
+    }  # fmt: skip
+    with running(words[kind], home / "peer.out") as process:
+        wait_until(lambda: process.poll() is not None or address.exists(), f"{kind} listens")
+        if process.poll() is not None:
+            raise BenchError(f"{kind} ended: {(home / 'peer.out').read_text()[-300:]}")
+        yield f"nbd+unix:///?socket={address}"
+
+
 def null_blk() -> Target | None:
     """The kernel's own device that does nothing, where there is one: what the block layer and fio cost."""
     if not Path("/dev/nullb0").exists():

@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parents[1]
 VM = REPO / "packaging" / "vm"
 KERNEL_VARIABLE = "TIERBLK_BENCH_KERNEL"
 DISK_VARIABLE = "TIERBLK_BENCH_DISK"
-PACKAGES = ["fio", "nbdkit", "nbd-client", "nginx-light", "curl"]
+PACKAGES = ["fio", "nbdkit", "nbd-client", "nginx-light", "curl", "qemu-utils", "qemu-block-extra"]
 LIMIT_S = 3600.0
 TICK_S = 2.0
 VM_LIMIT_S = 3000
@@ -102,11 +102,12 @@ def _module(name: str, *words: str) -> list[str]:
     return [sys.executable, "-m", "bench", name, *words]
 
 
-def native(out: Path, *, quick: bool, loads: Loads) -> Result:
-    """What needs no ublk, measured by a process of its own on this machine. Raises BenchError."""
+def here(part: str, out: Path, *, quick: bool, loads: Loads) -> Result:
+    """A part that needs no ublk (native, cold), measured by a process of its own on this machine. Raises
+    BenchError."""
     words = ["--result", str(out), *(["--quick"] if quick else [])]
-    if loads.run(_module("native", *words)):
-        raise BenchError("the native part failed; what it said is above")
+    if loads.run(_module(part, *words)):
+        raise BenchError(f"the {part} part failed; what it said is above")
     return Result.from_json(out.read_text())
 
 
