@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parent / "vm"))
 
 from tierdemo import boots, image, native, report  # noqa: E402  (they need the path set above)
 from tiervm import disks, host, kernels, qemu  # noqa: E402
-from tiervm.paths import temporary  # noqa: E402
+from tiervm.paths import build_dir, temporary  # noqa: E402
 from tiervm.say import Failed, end_in_order, say  # noqa: E402
 
 INTERRUPTED = 130
@@ -35,6 +35,8 @@ def main() -> int:
         else:
             cold, warm = in_vm(link)
         say(report.table(cold, warm, image.IMAGE_BYTES, image.allocated_bytes(), link))
+        for file in report.keep(build_dir() / "demo", cold=cold, warm=warm):
+            say(f"its reads in order: {file}")
         say(f"all of it took {time.monotonic() - began_s:.0f} s")
         return 0
     except Failed as failure:

@@ -7,13 +7,18 @@ Environment: RTT_MS, MBIT shape the loopback that the image comes over.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
+
+from tierdemo import trace
 
 DEMO = Path("/opt/tierblk/demo")
 HOST = Path("/dev/ttyS1")
@@ -25,6 +30,9 @@ POLL_S = 0.2
 # The daemon commits its index every five seconds (cache.commit_interval): after this the cache is on the
 # disk.
 COMMITTED_AFTER_S = 8.0
+TRACEFS = Path("/run/demo/tracefs")
+SERVER_LOG = Path("/run/demo/served")
+NOTE_BYTES = 2048
 
 
 def tell(**note: Any) -> None:
@@ -64,6 +72,26 @@ def prepare() -> None:
     run("modprobe", "ublk_drv")
 
 
+def recorder() -> trace.Recorder | None:
+    """Notes every request from now on; None on a kernel that cannot."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        TRACEFS.mkdir()
+        run("mount", "-t", "tracefs", "tracefs", TRACEFS)
+        return trace.Recorder(TRACEFS)
+    return None
+
+
+def tell_trace(recording: trace.Recorder, path: str) -> None:
+    """What the device was asked for, in pieces that fit a serial line."""
+    lines, whole = recording.stop()
+    device = Path(f"/sys/block/{Path(path).name}/dev").read_text().strip()
+    text = trace.to_csv(trace.requests(lines, device))
+    packed = base64.b64encode(zlib.compress(text.encode())).decode()
+    for start in range(0, len(packed), NOTE_BYTES):
+        tell(trace=packed[start : start + NOTE_BYTES])
+    tell(trace_whole=whole)
+
+
 def shape(rtt_ms: float, rate_mbit: float) -> None:
     """Makes the loopback a slower link: each direction gets half of the round trip, and the rate."""
     if rtt_ms or rate_mbit:
@@ -73,13 +101,16 @@ def shape(rtt_ms: float, rate_mbit: float) -> None:
         run("tc", "qdisc", "add", "dev", "lo", "root", "netem", "limit", "100000", *words)
 
 
-def watch(began_s: float, attached_s: float) -> None:
+def watch(began_s: float, attached_s: float, path: str, recording: trace.Recorder | None) -> None:
     """Waits for multi-user.target, then reports the device's numbers."""
     while not REACHED.exists():
         time.sleep(POLL_S)
     reached_s = float(REACHED.read_text().split()[0])
     status = json.loads(tierblk("status", "debian", "--json"))
     device = status["devices"][0] if "devices" in status else status
+    if recording is not None:
+        tell_trace(recording, path)
+    tell(served_bytes=sum(map(int, SERVER_LOG.read_text().split())))
     tell(device=device, attach_s=attached_s - began_s, boot_s=reached_s - attached_s)
 
 
@@ -88,12 +119,13 @@ def main() -> None:
     fifo = Path(sys.argv[1])
     try:
         prepare()
+        recording = recorder()
         began_s = uptime_s()
         path = tierblk("attach", str(CONFIG)).strip()
         attached_s = uptime_s()
         tell(stage="attached", path=path)
         fifo.write_text(path + "\n")
-        watch(began_s, attached_s)
+        watch(began_s, attached_s, path, recording)
         tell(stage="committing")
         time.sleep(COMMITTED_AFTER_S)
         os.sync()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +15,25 @@ from tiervm.kernels import Kernel
 from tiervm.paths import temporary
 from tiervm.say import Failed, Step, plain
 
+from tierdemo import trace
+
 BOOT_LIMIT_S = 900.0
 MEM_MIB = 2048
-GUEST = Path(__file__).resolve().parents[1] / "guest"
+HERE = Path(__file__).resolve().parent
+GUEST = HERE.parent / "guest"
 
 
 @dataclass
 class Numbers:
-    """What one boot showed: the device as `tierblk status --json` has it, and how long things took."""
+    """What one boot showed: the device as `tierblk status --json` has it, how long things took, what the
+    kernel asked of the device (None where it could not be recorded whole), what the server sent by its log.
+    """
 
     device: dict[str, Any] = field(default_factory=dict)
     attach_s: float = 0.0
     boot_s: float = 0.0
+    reads: list[trace.Request] | None = None
+    served_bytes: int = 0
 
 
 class _Listener:
@@ -32,17 +42,33 @@ class _Listener:
     def __init__(self, step: Step) -> None:
         self.numbers: Numbers | None = None
         self.trouble = ""
+        self._trace = ""
+        self._trace_whole = False
+        self._served_bytes = 0
         self._step = step
 
     def note(self, note: dict[str, Any]) -> None:
         """One report of the keeper."""
         if "device" in note:
-            self.numbers = Numbers(note["device"], float(note["attach_s"]), float(note["boot_s"]))
+            times_s = float(note["attach_s"]), float(note["boot_s"])
+            self.numbers = Numbers(note["device"], *times_s, self._reads(), self._served_bytes)
         elif note.get("stage") == "attached":
             self._step.hint = f"attached as {note['path']}, Debian starts"
         elif note.get("stage") == "committing":
             self._step.hint = "multi-user reached, the cache's index is being committed"
+        self._trace += str(note.get("trace", ""))
+        self._trace_whole = bool(note.get("trace_whole", self._trace_whole))
+        self._served_bytes = int(note.get("served_bytes", self._served_bytes))
         self.trouble = str(note.get("trouble", self.trouble))
+
+    def _reads(self) -> list[trace.Request] | None:
+        """The trace that came in pieces; None when it is not all there."""
+        if not self._trace_whole:
+            return None
+        try:
+            return trace.from_csv(zlib.decompress(base64.b64decode(self._trace)).decode())
+        except (binascii.Error, zlib.error, ValueError):  # a serial line that lost letters
+            return None
 
     def line(self, line: str) -> None:
         """One line of the console."""
@@ -58,7 +84,9 @@ def boot_image(
     with temporary("demo") as folder, Step(title) as step:
         environment = quoted([f"{name}={value}" for name, value in link.items()])
         start = f"#!/bin/sh\nexport LANG=C.UTF-8 {environment}\nexec /opt/tierblk/demo/pid1\n"
-        code = payload.make_payload(folder / "payload", {"pid1": start}, {"demo": GUEST})
+        code = payload.make_payload(
+            folder / "payload", {"pid1": start}, {"demo": GUEST, "demo/tierdemo": HERE}
+        )
         attached = [
             qemu.Disk("root", root, "snapshot"),
             qemu.Disk("payload", code, "ro"),

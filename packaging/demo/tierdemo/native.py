@@ -22,9 +22,11 @@ from pathlib import Path
 from tiervm.payload import venv
 from tiervm.say import Failed, Step, output, plain
 
+from tierdemo import trace
 from tierdemo.boots import GUEST, Numbers
 from tierdemo.image import image_file
 
+TRACEFS = Path("/sys/kernel/tracing")
 CONTROL = Path("/dev/ublk-control")
 NAMESPACE = "tierblk-demo"
 # Addresses set aside for examples: no real network has them.
@@ -50,7 +52,8 @@ pid {folder}/nginx.pid;
 error_log {folder}/nginx-error.log;
 events {{ worker_connections 512; }}
 http {{
-  access_log off;
+  log_format bytes $body_bytes_sent;
+  access_log {folder}/served bytes;
   sendfile on;
   keepalive_requests 1000000;
   server {{ listen {server}:80; root {content}; }}
@@ -116,9 +119,14 @@ def boot_image(folder: Path, title: str) -> Numbers:
     config = folder / "debian.toml"
     config.write_text(CONFIG.format(server=SERVER_ADDRESS, cache=folder / "cache"))
     with Step(title) as step, contextlib.ExitStack() as leaving:
+        served_before_bytes = _served_bytes(folder)
+        recording = leaving.enter_context(_recording())
         began_s = time.monotonic()
         path = _tierblk(folder, "attach", str(config)).strip()
         attached_s = time.monotonic()
+        device_number = Path(f"/sys/block/{Path(path).name}/dev").read_text().strip()
+        if recording is not None:
+            recording.only(device_number)
         leaving.callback(_tierblk, folder, "stop")
         leaving.callback(_tierblk, folder, "detach", "debian")
         root = _overlay(leaving, folder, Path(f"{path}p1"))
@@ -129,7 +137,33 @@ def boot_image(folder: Path, title: str) -> Numbers:
         status = json.loads(_tierblk(folder, "status", "debian", "--json"))
         step.hint = "multi-user reached, Debian shuts down"
         device = status["devices"][0] if "devices" in status else status
-    return Numbers(device, attached_s - began_s, boot_s)
+        numbers = Numbers(
+            device, attached_s - began_s, boot_s, None, _served_bytes(folder) - served_before_bytes
+        )
+        if recording is not None:
+            lines, whole = recording.stop()
+            numbers.reads = trace.requests(lines, device_number) if whole else None
+    return numbers
+
+
+def _served_bytes(folder: Path) -> int:
+    """What nginx has sent so far, by its log."""
+    log = folder / "served"
+    return sum(map(int, log.read_text().split())) if log.exists() else 0
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[trace.Recorder | None]:
+    """The kernel's record of block requests; None where it keeps none."""
+    try:
+        recording = trace.Recorder(TRACEFS)
+    except OSError:
+        yield None
+        return
+    try:
+        yield recording
+    finally:
+        recording.close()
 
 
 def _tierblk(folder: Path, *words: str) -> str:
