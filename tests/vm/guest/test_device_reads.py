@@ -34,29 +34,27 @@ def test_the_device_equals_the_image_cold_and_warm_with_a_cache_a_quarter_of_it(
     compare_at_random(device, image, count=20, seed=1)
     compare_whole(device, image)
     compare_at_random(device, image, count=20, seed=2)
-    before = _warmed_up(tierblk, device, image)
-    compare_whole(device, image, limit_bytes=WARM_BYTES)
-    after = tierblk.status("quarter")
+    before, after = _warm_pass(tierblk, device, image)
     assert (after["plane"], after["errors"], after["state"]) == ("copy", 0, "ok")
     assert after["size_bytes"] == IMAGE_BYTES
-    assert after["fetched_bytes"] == before["fetched_bytes"], (
-        "what was read just before is read from the cache"
-    )
     assert after["hit_bytes"] - before["hit_bytes"] >= WARM_BYTES
     assert after["cached_bytes"] <= 16 * MIB
     compare_at_random(device, image, count=20, seed=3, limit_bytes=WARM_BYTES)
 
 
-def _warmed_up(tierblk: Tierblk, device: Path, image: Path) -> dict[str, Any]:
-    """The status once reading the warm part fetches nothing: in a full cache, what comes faster than space
-    is made passes through without being kept.
+def _warm_pass(tierblk: Tierblk, device: Path, image: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The status before and after the first pass over the warm part in which no reader waited for the network.
+
+    It may take a few: in a full cache, what comes faster than space is made passes through without being kept,
+    and space is made after the last fill too. What is fetched ahead of the part's end is no miss of a reader.
     """
+    before = tierblk.status("quarter")
     for _ in range(10):
-        before = tierblk.status("quarter")
         compare_whole(device, image, limit_bytes=WARM_BYTES)
         after = tierblk.status("quarter")
-        if after["fetched_bytes"] == before["fetched_bytes"]:
-            return after
+        if after["miss_bytes"] == before["miss_bytes"]:
+            return before, after
+        before = after
     raise AssertionError(f"{WARM_BYTES} bytes read ten times over are not kept: {after}")
 
 
