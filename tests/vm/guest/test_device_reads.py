@@ -43,10 +43,12 @@ def test_the_device_equals_the_image_cold_and_warm_with_a_cache_a_quarter_of_it(
 
 
 def _warm_pass(tierblk: Tierblk, device: Path, image: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The status before and after the first pass over the warm part in which no reader waited for the network.
+    """The status before and after the first pass over the warm part in which no reader waited for the
+    network.
 
-    It may take a few: in a full cache, what comes faster than space is made passes through without being kept,
-    and space is made after the last fill too. What is fetched ahead of the part's end is no miss of a reader.
+    It may take a few: in a full cache, what comes faster than space is made passes through without being
+    kept, and space is made after the last fill too. What is fetched ahead of the part's end is no miss of a
+    reader.
     """
     before = tierblk.status("quarter")
     for _ in range(10):
