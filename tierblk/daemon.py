@@ -417,6 +417,11 @@ async def _serve(config: Config, ready_fd: int | None) -> None:
         if ready_fd is not None:
             report_ready(ready_fd, control.socket_path)
         await daemon.wait()
+    except BaseException:
+        # Only a stop that somebody asked for takes devices away. Those that were taken over have their users,
+        # who had better wait for a daemon that can serve them than get errors.
+        daemon.request_stop(hand_over=True)
+        raise
     finally:
         if control is not None:
             control.withdraw()
@@ -429,6 +434,7 @@ def main(config: Config, *, ready_fd: int | None = None) -> int:
     """Serves the config's cache directory until SIGTERM (devices wait for the next daemon), SIGINT or a
     request (devices are taken away); returns the exit code.
 
-    ready_fd: gets one JSON line when it serves. Raises TierblkError when it cannot."""
+    ready_fd: gets one JSON line when it serves. Raises TierblkError when it cannot; devices that it had taken
+    over wait on."""
     asyncio.run(_serve(config, ready_fd))
     return 0

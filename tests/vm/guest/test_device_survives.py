@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EIO, ENODEV, ENXIO
 from pathlib import Path
 
@@ -140,6 +140,39 @@ def test_kill_9_under_load_is_a_pause_and_nothing_is_fetched_twice(
     assert devices() == NODES
     assert len(web.requests("/kept.raw")) == asked
     assert "was ended by SIGKILL (9)" in log_of(cache)
+
+
+@contextmanager
+def small_run_directory() -> Iterator[None]:
+    """RUN has a few MiB of its own."""
+    RUN.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(RUN)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(RUN)], check=True)
+
+
+def test_a_run_directory_that_is_full_is_a_pause(
+    scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
+) -> None:
+    """The next daemon cannot tell where it is, so it ends, and leaves what it took over as it was."""
+    image = make_image("full.raw", IMAGE_BYTES, seed=65)
+    with small_run_directory(), image_bytes(image) as wanted:
+        device = tierblk.attach(tierblk.config("full", web.url_of(image), scratch / "cache", "16MiB"))
+        daemon = DaemonProcess(scratch / "cache")
+        with suppress(OSError), open(RUN / "filler", "wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        daemon.signal(signal.SIGKILL)
+        daemon.ended(30)
+        reader = WaitingReader(device, MIB)
+        words = "cannot make the control socket"
+        wait_until(lambda: words in log_of(scratch / "cache"), BACK_S, lambda: log_of(scratch / "cache"))
+        (RUN / "filler").unlink()
+        assert reader.result(BACK_S) == wanted[MIB : MIB + 4096]
+        assert tierblk.status("full")["path"] == str(device)
+        tierblk.run("stop")
 
 
 def test_readers_that_wait_for_the_remote_wait_on_when_the_daemon_is_killed(
