@@ -41,7 +41,7 @@ sys.exit({"fails": 6, "errs": 1, "stops": 0}[fate])
 class Run:
     """A keeper whose daemons meet the given fates one after the other."""
 
-    def __init__(self, folder: Path, fates: list[str]) -> None:
+    def __init__(self, folder: Path, fates: list[str], log: int = subprocess.PIPE) -> None:
         folder.mkdir()
         (folder / "fates").write_text(json.dumps(fates))
         self.folder = folder
@@ -58,7 +58,7 @@ class Run:
             str(folder),
         ]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=(write_fd,)
+            command, stdout=subprocess.PIPE, stderr=log, text=True, pass_fds=(write_fd,)
         )
         os.close(write_fd)
 
@@ -104,8 +104,8 @@ def runs(tmp_path: Path) -> Iterator[list[Run]]:
             os.close(run.ready_fd)
 
 
-def start(runs: list[Run], tmp_path: Path, *fates: str) -> Run:
-    runs.append(Run(tmp_path / "run", list(fates)))
+def start(runs: list[Run], tmp_path: Path, *fates: str, log: int = subprocess.PIPE) -> Run:
+    runs.append(Run(tmp_path / "run", list(fates), log))
     return runs[-1]
 
 
@@ -122,6 +122,15 @@ def test_a_daemon_that_dies_is_started_again_and_one_that_stops_is_not(
     assert "ended with status 1" in said
     assert "starting it again in 0.4 s" in said
     assert json.loads(run.ready())["ok"], "one line, of the first start"
+
+
+def test_a_log_that_takes_no_line_is_no_reason_to_keep_no_daemon(runs: list[Run], tmp_path: Path) -> None:
+    """RUN is full, say."""
+    with open("/dev/full", "w") as full:
+        run = start(runs, tmp_path, "killed", "killed", "stops", log=full.fileno())
+    for life in range(3):
+        run.lives(life)
+    assert run.end()[0] == 0
 
 
 def test_a_first_start_that_fails_is_the_keepers_end(runs: list[Run], tmp_path: Path) -> None:

@@ -29,10 +29,15 @@ OOM_SCORE_KEEPER = "-900"
 
 
 def say(text: str) -> None:
-    """A line of the log, in the shape of the daemon's."""
+    """A line of the log, in the shape of the daemon's. Lost when the log takes none: its disk may be full,
+    which is no reason to keep no daemon."""
     now = time.time()
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-    print(f"{stamp},{int(now % 1 * 1000):03d} WARNING tierblk.keeper: {text}", file=sys.stderr, flush=True)
+    line = f"{stamp},{int(now % 1 * 1000):03d} WARNING tierblk.keeper: {text}\n"
+    try:
+        os.write(2, line.encode())  # sys.stderr would keep it, and fail again at the end
+    except OSError:
+        pass
 
 
 def next_delay(delay_s: float, lived_s: float) -> float:
