@@ -25,14 +25,14 @@ folder, ready_fd = sys.argv[1], int(sys.argv[-1])
 life = sum(name.isdecimal() for name in os.listdir(folder))
 open(os.path.join(folder, str(life)), "w").write(str(os.getpid()))
 fate = json.load(open(os.path.join(folder, "fates")))[life]
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3 if fate == "waits, and hands over badly" else 0))
 if fate != "fails":
     os.write(ready_fd, json.dumps({"ok": True, "socket": folder + "/control.sock"}).encode() + b"\\n")
 os.close(ready_fd)
 print("lives", life, flush=True)
 if fate == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if fate == "waits":
+if fate.startswith("waits"):
     signal.pause()
 sys.exit({"fails": 6, "errs": 1, "stops": 0}[fate])
 """
@@ -163,6 +163,22 @@ def test_sighup_replaces_the_daemon_without_a_pause(runs: list[Run], tmp_path: P
     run.process.send_signal(signal.SIGHUP)
     run.lives(2)
     assert run.end() == (0, "")
+
+
+@pytest.mark.parametrize("first", ["killed", "waits, and hands over badly"])
+def test_sighup_replaces_one_daemon_and_a_stop_of_the_next_one_is_a_stop(
+    runs: list[Run], tmp_path: Path, first: str
+) -> None:
+    """Also when there was nothing to replace, or what was to be replaced ended with an error."""
+    run = start(runs, tmp_path, first, "stops")
+    run.lives(0)
+    if first == "killed":
+        assert run.process.stderr is not None
+        assert "starting it again" in run.process.stderr.readline()  # its pause has begun
+    run.process.send_signal(signal.SIGHUP)
+    run.lives(1)
+    assert run.end()[0] == 0
+    assert not (run.folder / "2").exists()
 
 
 def test_another_daemon_that_serves_the_cache_is_left_alone(runs: list[Run], tmp_path: Path) -> None:

@@ -92,7 +92,6 @@ class Keeper:
             if self.ending or (code == 0 and not self.replacing) or not self.was_ready:
                 return code if code >= 0 else 128 - code
             if self.replacing and code == 0:
-                self.replacing = False
                 continue
             if other := self._other_daemon():
                 say(f"another daemon (process {other}) serves the cache now; not starting one again")
@@ -115,6 +114,7 @@ class Keeper:
             pass  # not allowed: it is small anyway
 
     def _start(self) -> None:
+        self.replacing = False  # what was to be replaced is gone, however it ended
         self._line = b""
         self._report_fd, write_fd = os.pipe()
         os.set_inheritable(write_fd, True)
