@@ -26,7 +26,7 @@ from aiohttp import web
 
 from tierblk import config
 from tierblk.errors import CacheError, ConfigError, DaemonError, DeviceError, TierblkError
-from tierblk.rundir import INFO_NAME, SOCKET_NAME, socket_address
+from tierblk.rundir import END_NAME, INFO_NAME, SOCKET_NAME, socket_address
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class ControlServer:
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S)
         try:
             self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.run_dir / END_NAME).unlink(missing_ok=True)
             self._write_info()
             listener = self._bind()
         except OSError as error:
@@ -229,6 +230,12 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         log.exception("%s failed", what)
         internal = TierblkError(f"internal error in the daemon: {error!r:.200}", "its log has the details")
         return _error_response(internal, 500)
+
+
+def report_end(run_dir: Path, error: TierblkError) -> None:
+    """Leave word of what went wrong with the end, for whoever asked for it: the socket is closed by then."""
+    with suppress(OSError):
+        (run_dir / END_NAME).write_text(json.dumps(error.to_dict()) + "\n")
 
 
 def report_ready(ready_fd: int, socket_path: Path) -> None:

@@ -22,11 +22,11 @@ from tierblk import takeover
 from tierblk.bases import Bases
 from tierblk.cache import Cache
 from tierblk.config import Config, cache_conflicts
-from tierblk.control import ControlServer, report_ready
+from tierblk.control import ControlServer, report_end, report_ready
 from tierblk.core import BLOCK_BYTES, Engine, ublk
 from tierblk.device import Device, Home
 from tierblk.driver import driver_error, stamp_of
-from tierblk.errors import DaemonError, DeviceError, TierblkError
+from tierblk.errors import CacheError, DaemonError, DeviceError, TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Base
 from tierblk.records import DeviceRecord
@@ -423,16 +423,26 @@ async def _serve(config: Config, ready_fd: int | None) -> None:
         daemon.request_stop(hand_over=True)
         raise
     finally:
-        if control is not None:
-            control.withdraw()
-            await daemon.end_calls()  # else the socket's end would wait for who waits for the network
-            await control.close()
+        await _end(daemon, control)
+
+
+async def _end(daemon: Daemon, control: ControlServer | None) -> None:
+    if control is not None:
+        control.withdraw()
+        await daemon.end_calls()  # else the socket's end would wait for who waits for the network
+        await control.close()
+    try:
         await daemon.stop()
+    except CacheError as error:
+        # All is down, and the next start sorts it out. It is no reason for a keeper or a service manager to
+        # start again what somebody stopped, so it shall not be the exit code.
+        log.error("the cache did not end clean: %s", error)
+        report_end(daemon.run_dir, error)
 
 
 def main(config: Config, *, ready_fd: int | None = None) -> int:
     """Serves the config's cache directory until SIGTERM (devices wait for the next daemon), SIGINT or a
-    request (devices are taken away); returns the exit code.
+    request (devices are taken away); returns the exit code: 0, also when the cache could not end clean.
 
     ready_fd: gets one JSON line when it serves. Raises TierblkError when it cannot; devices that it had taken
     over wait on."""

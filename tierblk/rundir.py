@@ -14,6 +14,9 @@ from pathlib import Path
 RUN_DIR_VARIABLE = "TIERBLK_RUN_DIR"
 SOCKET_NAME = "control.sock"
 INFO_NAME = "daemon.json"
+END_NAME = "end.json"
+"""What went wrong with the end of a daemon that was stopped: as an error of the control interface. Gone when
+the next one starts."""
 
 
 def run_root() -> Path:

@@ -1,7 +1,8 @@
 """Stands in for tierblk.daemon in processes of the command line's tests: real socket, real lock, no kernel.
 
 A `sitecustomize.py` puts it in place, see `cli_harness.py`. Devices are plain files beside the cache.
-FAKE_DAEMON in the environment: "refuse" (cannot start), "crash" (ends without a word), or nothing.
+FAKE_DAEMON in the environment: "refuse" (cannot start), "crash" (ends without a word), "unclean" (its cache
+does not end clean), or nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tierblk.config import Config
-from tierblk.control import ControlServer, report_ready
+from tierblk.control import ControlServer, report_end, report_ready
 from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable
 from tierblk.rundir import run_root
 
@@ -111,6 +112,8 @@ async def serve(config: Config, ready_fd: int | None) -> None:
     for name in [device["name"] for device in daemon.devices()]:
         await daemon.detach(name)
     await control.close()
+    if os.environ.get("FAKE_DAEMON") == "unclean":
+        report_end(control.run_dir, CacheError("the disk takes no writes"))
 
 
 def main(config: Config, *, ready_fd: int | None = None) -> int:

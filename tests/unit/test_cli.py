@@ -213,6 +213,19 @@ class TestDetachAndStop:
         assert cli("stop", "--cache-dir", cli.folder / "other").code == 0
         assert cli.daemon_info()["cache_dir"] == f"{cli.folder}/cache"
 
+    def test_stop_says_what_went_wrong_with_the_end(self, cli: Cli) -> None:
+        cli("attach", cli.config("a"), FAKE_DAEMON="unclean")
+        pid = cli.daemon_info()["pid"]
+        done = cli("stop", "--json")
+        said = (
+            f"the daemon of {cli.folder}/cache (pid {pid}) has stopped, but its cache did not end clean: "
+            "the disk takes no writes"
+        )
+        assert (done.code, done.err) == (0, f"tierblk: warning: {said}\n")
+        assert done.json == {"stopped": [f"{cli.folder}/cache"], "warnings": [said]}
+        cli("attach", cli.config("a"))
+        assert (cli("stop").err, cli("status").err) == ("", "no daemon is running\n")
+
     def test_stop_when_the_process_has_ended_the_daemon_is_gone(self, cli: Cli) -> None:
         cli("attach", cli.config("a"))
         (daemon,) = client.candidates()

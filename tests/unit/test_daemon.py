@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,8 @@ from tierblk.config import Config
 from tierblk.control import ControlServer
 from tierblk.daemon import Daemon
 from tierblk.device import Device
-from tierblk.errors import DaemonError
-from tierblk.rundir import RUN_DIR_VARIABLE
+from tierblk.errors import CacheError, DaemonError
+from tierblk.rundir import END_NAME, RUN_DIR_VARIABLE
 
 LIMIT_S = 20.0
 
@@ -107,3 +108,25 @@ async def test_a_stop_that_was_asked_for_takes_them_away(
     monkeypatch.setattr(Daemon, "wait", wait)
     await serve(config)
     assert device.ends == ["taken away"]
+
+
+@pytest.mark.parametrize("hand_over", [False, True])
+async def test_a_stop_whose_last_commit_fails_is_a_stop_all_the_same(
+    config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch, hand_over: bool
+) -> None:
+    """Else the keeper or a service manager would start again what was stopped."""
+
+    async def wait(self: Daemon) -> None:
+        self.request_stop(hand_over=hand_over)
+
+    async def commit(self: Cache) -> None:
+        raise CacheError("the disk takes no writes")
+
+    monkeypatch.setattr(Daemon, "wait", wait)
+    with monkeypatch.context() as ill:
+        ill.setattr(Cache, "commit", commit)
+        await serve(config)
+    (left,) = run_dir.glob(f"*/{END_NAME}")
+    assert json.loads(left.read_text()) == CacheError("the disk takes no writes").to_dict()
+    await serve(config)
+    assert not left.exists(), "it is about the end before"

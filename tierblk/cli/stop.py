@@ -1,20 +1,22 @@
 """Stops daemons in order: devices are detached, caches closed clean. Without --cache-dir, all of them.
 
 Refuses while a device is mounted or otherwise held, unless --force is given: then its users get I/O errors.
-With --json: {"stopped": [cache directories]}.
+With --json: {"stopped": [cache directories], "warnings": [what went wrong with their ends]}.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 
 from tierblk.cli import blockdev
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.client import Daemon, DeadSocket, candidates, same_directory
-from tierblk.cli.output import complain, put_json, say
+from tierblk.cli.output import complain, put_json, say, warn
 from tierblk.cli.starting import wait_for_end
-from tierblk.errors import DaemonError, TierblkError
+from tierblk.errors import DaemonError, TierblkError, from_dict
+from tierblk.rundir import END_NAME
 
 NAME = "stop"
 HELP = "stop daemons and their devices"
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns when their processes have ended. Tries all, then fails if one failed."""
     stopped: list[str] = []
+    warnings: list[str] = []
     failed: TierblkError | None = None
     for daemon in candidates(args.timeout_s):
         if args.cache_dir is not None and not same_directory(daemon.cache_dir, args.cache_dir):
@@ -39,13 +42,16 @@ def run(args: argparse.Namespace) -> int:
         try:
             _stop(daemon, force=args.force)
             stopped.append(daemon.cache_dir)
+            warnings += _last_words(daemon)
         except DeadSocket:
             continue
         except TierblkError as error:
             complain(error)
             failed = error
+    for warning in warnings:
+        warn(warning)
     if args.json:
-        put_json({"stopped": stopped})
+        put_json({"stopped": stopped, "warnings": warnings})
     elif not stopped and not failed:
         say("no daemon is running" if args.cache_dir is None else f"no daemon serves {args.cache_dir}")
     return failed.exit_code if failed else 0
@@ -67,3 +73,12 @@ def _stop(daemon: Daemon, *, force: bool) -> None:
             )
     finally:
         os.close(process_fd)
+
+
+def _last_words(daemon: Daemon) -> list[str]:
+    """What a daemon that has ended says of its end, if anything went wrong with it."""
+    try:
+        error = from_dict(json.loads((daemon.run_dir / END_NAME).read_text()))
+    except (OSError, ValueError):
+        return []
+    return [f"{daemon} has stopped, but its cache did not end clean: {error.message}"]
