@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TELL_S = 1.0  # how often a fetch says that it is in trouble
-WARN_S = 1.0  # how often a wrong answer is worth a line
+WARN_S = 1.0  # how often a wrong answer, or another try, is worth a line
 
 
 class Health(TypedDict):
@@ -84,6 +84,7 @@ class Fetcher:
         self._refused: tuple[float, TierblkError] | None = None  # since when (Unix time), why
         self._pausing = 0
         self._warned_s = -math.inf
+        self._retry_told_s = -math.inf
 
     @property
     def counters(self) -> FetchCounters:
@@ -166,7 +167,7 @@ class Fetcher:
                     self._desk.counters.errors += 1
                     raise type(error)(error.message, error.hint) from error
             elif delay_s:
-                log.info("%s; trying again in %.1f s", error, delay_s)
+                self._tell_retry(error, delay_s)
                 await self._pause(delay_s)
         self._refused = None
 
@@ -199,6 +200,14 @@ class Fetcher:
         if now_s - self._warned_s >= WARN_S:
             self._warned_s = now_s
             log.warning("%s%s", error, "" if final else "; asking once more on a new connection")
+
+    def _tell_retry(self, error: TierblkError | None, delay_s: float) -> None:
+        """For all to see once a second: a server that fails one answer in ten would fill the log."""
+        now_s = self._clock()
+        level = logging.DEBUG
+        if now_s - self._retry_told_s >= WARN_S:
+            self._retry_told_s, level = now_s, logging.INFO
+        log.log(level, "%s; trying again in %.1f s", error, delay_s)
 
     async def _pause(self, delay_s: float) -> None:
         self._pausing += 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.fetcher_rig import Asked, Plan, Rig, in_virtual_time, now_s, quick
 from tierblk.config import RemoteSettings
 from tierblk.errors import RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.remote import Fetcher, Identity, Progress
@@ -278,3 +280,27 @@ def test_whatever_fails_progress_only_grows(pieces: list[tuple[int, bool]], retr
         assert stage.fetcher.counters.in_flight == 0
 
     asyncio.run(scenario())
+
+
+def test_a_line_a_second_tells_of_other_tries(caplog: pytest.LogCaptureFixture) -> None:
+    """A server that fails every other answer would fill the log, which is in memory."""
+    caplog.set_level(logging.DEBUG, "tierblk.remote.fetcher")
+
+    async def scenario() -> None:
+        def every_other_one(asked: Asked) -> Plan:
+            if len(rig.source.asked) % 2:
+                return Plan([], RemoteUnavailable("it answered 503"))
+            return quick(asked.length_bytes)
+
+        rig = Rig(every_other_one, hedge_percent=0)
+        begun_s = now_s()
+        while now_s() - begun_s < 10:
+            await rig.read()
+        levels = [
+            line.levelname for line in caplog.records if "it answered 503; trying again" in line.message
+        ]
+        assert len(levels) > 40
+        assert 8 <= levels.count("INFO") <= 11
+        assert set(levels) == {"INFO", "DEBUG"}
+
+    in_virtual_time(scenario)
