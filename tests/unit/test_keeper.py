@@ -18,9 +18,17 @@ from tierblk.cli.keeper import fate, next_delay
 
 KEEPER = str(Path(keeper.__file__))
 
+# As when it is run by its path, but for how often it looks at the log.
+IMPATIENT_KEEPER = """
+import runpy, sys
+keeper = runpy.run_path(sys.argv[1])
+keeper["Keeper"].run.__globals__["LOG_CHECK_S"] = 0.1
+sys.exit(keeper["Keeper"](sys.argv[3:], int(sys.argv[2])).run())
+"""
+
 # A daemon that says it is ready, tells its number of life, and does what its turn in `fates` says.
 DAEMON = """
-import json, os, signal, sys
+import json, os, select, signal, sys
 folder, ready_fd = sys.argv[1], int(sys.argv[-1])
 life = sum(name.isdecimal() for name in os.listdir(folder))
 open(os.path.join(folder, str(life)), "w").write(str(os.getpid()))
@@ -30,6 +38,14 @@ if fate != "fails":
     os.write(ready_fd, json.dumps({"ok": True, "socket": folder + "/control.sock"}).encode() + b"\\n")
 os.close(ready_fd)
 print("lives", life, flush=True)
+if fate == "talks":
+    os.write(2, b"x" * 2_000_000)
+    for _ in range(2000):  # until somebody cuts it
+        if os.fstat(2).st_size < 2_000_000:
+            os.write(2, b"goes on")
+            sys.exit(0)
+        select.select([], [], [], 0.01)
+    sys.exit(4)
 if fate == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if fate.startswith("waits"):
@@ -46,17 +62,9 @@ class Run:
         (folder / "fates").write_text(json.dumps(fates))
         self.folder = folder
         self.ready_fd, write_fd = os.pipe()
-        command = [
-            sys.executable,
-            "-I",
-            "-S",
-            KEEPER,
-            str(write_fd),
-            sys.executable,
-            "-c",
-            DAEMON,
-            str(folder),
-        ]
+        impatient = ["-c", IMPATIENT_KEEPER] if "talks" in fates else []
+        command = [sys.executable, "-I", "-S", *impatient, KEEPER, str(write_fd)]
+        command += [sys.executable, "-c", DAEMON, str(folder)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, pass_fds=(write_fd,)
         )
@@ -131,6 +139,14 @@ def test_a_log_that_takes_no_line_is_no_reason_to_keep_no_daemon(runs: list[Run]
     for life in range(3):
         run.lives(life)
     assert run.end()[0] == 0
+
+
+def test_the_log_is_cut_while_the_daemon_lives(runs: list[Run], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with open(log, "a") as file:
+        run = start(runs, tmp_path, "talks", log=file.fileno())
+    assert run.end()[0] == 0
+    assert log.read_text() == "goes on"
 
 
 def test_a_first_start_that_fails_is_the_keepers_end(runs: list[Run], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ DELAY_FIRST_S = 0.2
 DELAY_MAX_S = 5.0
 LONG_LIFE_S = 60.0
 LOG_BYTES_MAX = 1 << 20
+LOG_CHECK_S = 10.0
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 OOM_SCORE_KEEPER = "-900"
 
@@ -97,7 +98,6 @@ class Keeper:
                 say(f"another daemon (process {other}) serves the cache now; not starting one again")
                 return 0
             delay_s = next_delay(delay_s, lived_s)
-            self._shorten_log()
             say(f"the daemon {fate(status)} after {lived_s:.1f} s; starting it again in {delay_s:g} s")
             if self._pause(delay_s):
                 return 0  # told to end while there was nothing to end
@@ -142,9 +142,11 @@ class Keeper:
             os._exit(127)
 
     def _wait(self) -> int:
-        """The daemon's wait status. Meanwhile signals are passed on and its report is read."""
+        """The daemon's wait status. Meanwhile signals are passed on, its report is read and its log kept
+        short: it is on tmpfs, and a daemon may live for years."""
         while True:
-            self._poll(None)
+            self._poll(LOG_CHECK_S)
+            self._shorten_log()
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.pid = 0
@@ -153,12 +155,12 @@ class Keeper:
                 self._close_report()
                 return status
 
-    def _poll(self, timeout_s: float | None) -> None:
+    def _poll(self, timeout_s: float) -> None:
         poll = select.poll()
         poll.register(self._wake_fd, select.POLLIN)
         if self._report_fd >= 0:
             poll.register(self._report_fd, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)]
+        ready = [fd for fd, _ in poll.poll(timeout_s * 1000)]
         if self._wake_fd in ready:
             try:
                 os.read(self._wake_fd, 4096)
