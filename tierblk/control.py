@@ -236,19 +236,3 @@ def report_end(run_dir: Path, error: TierblkError) -> None:
     """Leave word of what went wrong with the end, for whoever asked for it: the socket is closed by then."""
     with suppress(OSError):
         (run_dir / END_NAME).write_text(json.dumps(error.to_dict()) + "\n")
-
-
-def report_ready(ready_fd: int, socket_path: Path) -> None:
-    """Tell whoever started the daemon that it serves, and close ready_fd."""
-    _report(ready_fd, {"ok": True, "socket": str(socket_path)})
-
-
-def report_failure(ready_fd: int, error: TierblkError) -> None:
-    """Tell whoever started the daemon why it does not serve, and close ready_fd."""
-    _report(ready_fd, {"error": error.to_dict()})
-
-
-def _report(ready_fd: int, line: dict[str, Any]) -> None:
-    # Whoever waited may have given up: that is no reason to stop serving.
-    with suppress(OSError), open(ready_fd, "w", encoding="utf-8") as pipe:
-        pipe.write(json.dumps(line) + "\n")

@@ -22,13 +22,14 @@ from tierblk import takeover
 from tierblk.bases import Bases
 from tierblk.cache import Cache
 from tierblk.config import Config, cache_conflicts
-from tierblk.control import ControlServer, report_end, report_ready
+from tierblk.control import ControlServer, report_end
 from tierblk.core import BLOCK_BYTES, Engine, ublk
 from tierblk.device import Device, Home
 from tierblk.driver import driver_error, stamp_of
 from tierblk.errors import CacheError, DaemonError, DeviceError, TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Base
+from tierblk.ready import Ready
 from tierblk.records import DeviceRecord
 from tierblk.remote import RawImage, open_source
 from tierblk.rundir import run_root
@@ -404,7 +405,7 @@ class Daemon:
         }
 
 
-async def _serve(config: Config, ready_fd: int | None) -> None:
+async def _serve(config: Config, ready: Ready) -> None:
     daemon = Daemon(config)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, daemon.request_stop)
@@ -414,8 +415,7 @@ async def _serve(config: Config, ready_fd: int | None) -> None:
         await daemon.start()
         control = ControlServer(daemon, daemon.run_dir)
         await control.start()
-        if ready_fd is not None:
-            report_ready(ready_fd, control.socket_path)
+        ready.serves(control.socket_path)
         await daemon.wait()
     except BaseException:
         # Only a stop that somebody asked for takes devices away. Those that were taken over have their users,
@@ -440,11 +440,11 @@ async def _end(daemon: Daemon, control: ControlServer | None) -> None:
         report_end(daemon.run_dir, error)
 
 
-def main(config: Config, *, ready_fd: int | None = None) -> int:
+def main(config: Config, ready: Ready) -> int:
     """Serves the config's cache directory until SIGTERM (devices wait for the next daemon), SIGINT or a
     request (devices are taken away); returns the exit code: 0, also when the cache could not end clean.
 
-    ready_fd: gets one JSON line when it serves. Raises TierblkError when it cannot; devices that it had taken
+    ready: is told when it serves. Raises TierblkError when it cannot; devices that it had taken
     over wait on."""
-    asyncio.run(_serve(config, ready_fd))
+    asyncio.run(_serve(config, ready))
     return 0

@@ -2,7 +2,7 @@
 
 A `sitecustomize.py` puts it in place, see `cli_harness.py`. Devices are plain files beside the cache.
 FAKE_DAEMON in the environment: "refuse" (cannot start), "crash" (ends without a word), "unclean" (its cache
-does not end clean), or nothing.
+does not end clean), "interrupted" (by a Ctrl-C while it starts), or nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tierblk.config import Config
-from tierblk.control import ControlServer, report_end, report_ready
+from tierblk.control import ControlServer, report_end
 from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable
+from tierblk.ready import Ready
 from tierblk.rundir import run_root
 
 
@@ -100,14 +101,13 @@ def run_dir_of(cache_dir: Path) -> Path:
     return run_root() / hashlib.sha256(os.fsencode(os.path.realpath(cache_dir))).hexdigest()[:32]
 
 
-async def serve(config: Config, ready_fd: int | None) -> None:
+async def serve(config: Config, ready: Ready) -> None:
     daemon = FakeDaemon(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, daemon.request_stop)
     control = ControlServer(daemon, run_dir_of(config.cache.dir))
     await control.start()
-    if ready_fd is not None:
-        report_ready(ready_fd, control.socket_path)
+    ready.serves(control.socket_path)
     await daemon.stopping.wait()
     for name in [device["name"] for device in daemon.devices()]:
         await daemon.detach(name)
@@ -116,11 +116,13 @@ async def serve(config: Config, ready_fd: int | None) -> None:
         report_end(control.run_dir, CacheError("the disk takes no writes"))
 
 
-def main(config: Config, *, ready_fd: int | None = None) -> int:
+def main(config: Config, ready: Ready) -> int:
     """As tierblk.daemon.main."""
     behaviour = os.environ.get("FAKE_DAEMON", "")
     if behaviour == "refuse":
         raise CacheError(f"{config.cache.dir} was made by a newer tierblk", "update tierblk")
+    if behaviour == "interrupted":
+        raise KeyboardInterrupt
     if behaviour == "crash":
         os._exit(9)
     config.cache.dir.mkdir(exist_ok=True)
@@ -129,5 +131,5 @@ def main(config: Config, *, ready_fd: int | None = None) -> int:
             fcntl.flock(slots, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheError(f"{config.cache.dir} is locked by another daemon") from None
-        asyncio.run(serve(config, ready_fd))
+        asyncio.run(serve(config, ready))
     return 0

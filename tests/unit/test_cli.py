@@ -181,6 +181,11 @@ class TestForeground:
         assert done.code == 6
         assert done.err.count("made by a newer tierblk") == 1
 
+    def test_ctrl_c_before_it_serves_ends_both_processes(self, cli: Cli) -> None:
+        """The child waits for a line that never comes. Only its parent got the signal."""
+        done = cli("attach", cli.config("a"), "--foreground", FAKE_DAEMON="interrupted")
+        assert (done.code, done.out) == (130, "")
+
 
 class TestDetachAndStop:
     def test_detach(self, cli: Cli) -> None:

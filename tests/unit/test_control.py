@@ -18,6 +18,7 @@ from tierblk import config, control
 from tierblk.cli import client
 from tierblk.cli.client import Daemon, DeadSocket
 from tierblk.errors import ConfigError, DaemonError, DeviceError, RemoteUnavailable, TierblkError, from_dict
+from tierblk.ready import Ready
 from tierblk.rundir import INFO_NAME, RUN_DIR_VARIABLE, SOCKET_NAME
 
 
@@ -188,8 +189,8 @@ async def test_a_run_directory_that_cannot_be_made(server: control.ControlServer
 
 async def test_reports_through_the_pipe() -> None:
     for report, expected in (
-        (lambda fd: control.report_ready(fd, Path("/s")), {"ok": True, "socket": "/s"}),
-        (lambda fd: control.report_failure(fd, DeviceError("no")), {"error": DeviceError("no").to_dict()}),
+        (lambda fd: Ready(fd).serves(Path("/s")), {"ok": True, "socket": "/s"}),
+        (lambda fd: Ready(fd).failed(DeviceError("no")), {"error": DeviceError("no").to_dict()}),
     ):
         assert piped(report) == expected
 
@@ -204,7 +205,20 @@ def piped(report: Callable[[int], None]) -> object:
 async def test_nobody_waits_at_the_pipe() -> None:
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
-    control.report_ready(write_fd, Path("/s"))
+    Ready(write_fd).serves(Path("/s"))
+
+
+def test_only_the_first_line_counts_and_the_pipe_is_closed_once() -> None:
+    """The number may be another file's by then."""
+    read_fd, write_fd = os.pipe()
+    ready = Ready(write_fd)
+    ready.serves(Path("/s"))
+    assert os.open(os.devnull, os.O_WRONLY) == write_fd
+    ready.failed(DeviceError("later"))
+    ready.close()
+    os.close(write_fd)
+    with open(read_fd, "rb") as pipe:
+        assert json.loads(pipe.read()) == {"ok": True, "socket": "/s"}
 
 
 class TestClient:

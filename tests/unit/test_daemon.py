@@ -20,6 +20,7 @@ from tierblk.control import ControlServer
 from tierblk.daemon import Daemon
 from tierblk.device import Device
 from tierblk.errors import CacheError, DaemonError
+from tierblk.ready import Ready
 from tierblk.rundir import END_NAME, RUN_DIR_VARIABLE
 
 LIMIT_S = 20.0
@@ -82,7 +83,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StubDevice:
 
 async def serve(config: Config) -> None:
     async with asyncio.timeout(LIMIT_S):
-        await daemons._serve(config, None)
+        await daemons._serve(config, Ready(None))
 
 
 async def test_a_daemon_that_cannot_serve_leaves_the_devices_that_it_took_over(

@@ -15,6 +15,7 @@ from tierblk.cli.arguments import add_json, add_timeout
 from tierblk.cli.client import DeadSocket, find_daemon
 from tierblk.cli.output import put, put_json, warn
 from tierblk.errors import DaemonError, TierblkError
+from tierblk.ready import Ready
 
 if TYPE_CHECKING:
     from tierblk.config import Config
@@ -101,10 +102,13 @@ def _foreground(loaded: Config, args: argparse.Namespace) -> int:
     arguments += [flag for flag in ("--json", "--debug") if getattr(args, flag[2:])]
     helper = subprocess.Popen(starting.command(*arguments), stdin=subprocess.DEVNULL, pass_fds=(ready_read,))
     os.close(ready_read)
+    ready = Ready(ready_write)
     try:
-        code = serve(loaded, ready_write, debug=args.debug)
+        code = serve(loaded, ready, debug=args.debug)
     finally:
-        # The daemon is gone, so whatever the child still waits for has ended.
+        # The daemon is gone, so whatever the child still waits for has ended; also its line, which was never
+        # written if Ctrl-C came early.
+        ready.close()
         helper_code = helper.wait()
     return helper_code if helper_code > 0 else code
 

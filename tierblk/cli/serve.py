@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from tierblk.errors import ConfigError, TierblkError
+from tierblk.ready import Ready
 
 if TYPE_CHECKING:
     from tierblk.config import Config
@@ -31,17 +32,17 @@ def run(args: argparse.Namespace) -> int:
     """Until SIGTERM or `tierblk stop`."""
     if args.keep:
         _keep(args)
-    from tierblk import config, control
+    from tierblk import config
 
+    ready = Ready(args.ready_fd)
     try:
         if args.log:
             _log_to(args.log)
         loaded = config.load(args.config)
     except TierblkError as error:
-        if args.ready_fd is not None:
-            control.report_failure(args.ready_fd, error)
+        ready.failed(error)
         raise
-    return serve(loaded, args.ready_fd, debug=args.debug)
+    return serve(loaded, ready, debug=args.debug)
 
 
 def _keep(args: argparse.Namespace) -> NoReturn:
@@ -56,28 +57,22 @@ def _keep(args: argparse.Namespace) -> NoReturn:
     os.execv(command[0], command)
 
 
-def serve(loaded: Config, ready_fd: int | None, *, debug: bool) -> int:
-    """The daemon's exit code. ready_fd gets one line, and is closed: it serves, or why it does not."""
-    from tierblk import control
-
+def serve(loaded: Config, ready: Ready, *, debug: bool) -> int:
+    """The daemon's exit code. ready is told that it serves, or why it does not."""
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     os.chdir("/")  # no directory stays busy because a daemon was started in it
-    if ready_fd is not None:
-        os.set_inheritable(ready_fd, False)
     try:
         from tierblk.daemon import main
 
-        return main(loaded, ready_fd=ready_fd)
+        return main(loaded, ready)
     except TierblkError as error:
-        if ready_fd is not None:
-            control.report_failure(ready_fd, error)
+        ready.failed(error)
         raise
     except Exception as error:
-        if ready_fd is not None:
-            control.report_failure(ready_fd, TierblkError(f"the daemon could not start: {error!r:.300}"))
+        ready.failed(TierblkError(f"the daemon could not start: {error!r:.300}"))
         raise
 
 
