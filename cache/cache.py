@@ -110,8 +110,18 @@ class Cache:
     async def base_layer(self, url: str, size_bytes: int, validator: str) -> Layer:
         """The layer of that image, found or made; its record is durable before anything can be cached for it.
 
-        Who asks for the same identity gets the same layer, so an image is stored once. CacheError.
+        Who asks for the same identity gets the same layer, so an image is stored once. CacheError. Cancelled,
+        it ends first: the record is on its way to the index, and its number must not be given to another.
         """
+        making = asyncio.create_task(self._base_layer(url, size_bytes, validator))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await asyncio.wait([making])
+            making.exception()
+            raise
+
+    async def _base_layer(self, url: str, size_bytes: int, validator: str) -> Layer:
         async with self._opening:
             self._refuse_closed()
             record = self._find(url, size_bytes, validator)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -31,7 +32,7 @@ from tests.cache_rig import (
 )
 from tierblk.cache import Cache, maps
 from tierblk.cache.directory import Directory
-from tierblk.cache.index import Index
+from tierblk.cache.index import Index, LayerRecord
 from tierblk.cache.maps import Maps
 from tierblk.cache.start import StartMode
 from tierblk.core import BLOCK_BYTES
@@ -379,6 +380,32 @@ async def test_a_run_directory_of_long_ago_is_not_believed(tmp_path: Path, run_d
         assert len(rig.fetched) == 100
         assert await rig.read(await rig.base(other, "b"), 0, 150) == other
         assert len(rig.fetched) == 100
+
+
+async def test_a_layer_whose_maker_gives_up_keeps_its_number(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next image could get it, while the record of the first one is on its way to the index."""
+    begun, may_end, put = threading.Event(), threading.Event(), Index.put_layer
+
+    def slow(self: Index, record: LayerRecord) -> None:
+        begun.set()
+        assert may_end.wait(TIMEOUT_S)
+        put(self, record)
+
+    async with session(tmp_path / "cache", run_dir) as rig:
+        monkeypatch.setattr(Index, "put_layer", slow)
+        first = asyncio.create_task(rig.cache.base_layer("http://h/a", 1 << 20, "1"))
+        await asyncio.to_thread(begun.wait, TIMEOUT_S)
+        first.cancel()
+        second = asyncio.create_task(rig.cache.base_layer("http://h/b", 1 << 20, "1"))
+        await asyncio.wait([first], timeout=0.1)
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert rig.cache.identities_of("http://h/a") == [("http://h/a", 1 << 20, "1")]
+        layer = await rig.cache.base_layer("http://h/a", 1 << 20, "1")
+        assert layer.layer_id != (await second).layer_id
 
 
 async def test_the_end(tmp_path: Path, run_dir: Path) -> None:
