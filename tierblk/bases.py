@@ -52,7 +52,11 @@ class Bases:
         # Until the device is there nothing but the attach waits for it, which is to fail rather than wait.
         base.patiences[user] = 0.0
         if base.image is not image:
-            await source.aclose()
+            try:
+                await source.aclose()
+            except BaseException:  # an attach that was given up
+                await self.release(base, user)
+                raise
         return base
 
     async def release(self, base: Base, user: str) -> None:

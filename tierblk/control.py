@@ -8,11 +8,14 @@
     POST   /v1/devices/NAME/repin  device
     POST   /v1/stop            {"if_idle": bool} -> {"stopping": bool}; the process ends when all has stopped
 
+Whoever hangs up gives up an attach that runs; everything else goes on without a client.
+
 An error is {"error": {"kind", "message", "hint", "exit_code"}} with a status of 400 or above.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -43,7 +46,8 @@ class DaemonApi(Protocol):
 
     async def attach(self, config: config.Config) -> Device:
         """Make the device of a config; returns when it can be opened. "warnings" in it are for the user. One
-        that an earlier daemon made by this config, and this one took over, is as good."""
+        that an earlier daemon made by this config, and this one took over, is as good. Cancelled, it leaves
+        nothing, or has made the device."""
         ...
 
     async def detach(self, name: str, *, force: bool = False) -> None:
@@ -83,7 +87,8 @@ class ControlServer:
         self.api = api
         self.run_dir = run_dir
         self._runner: web.AppRunner | None = None
-        self._attaching = 0
+        self._attaching: set[asyncio.Transport] = set()
+        self._running: set[asyncio.Task[web.StreamResponse]] = set()
 
     @property
     def socket_path(self) -> Path:
@@ -92,7 +97,8 @@ class ControlServer:
 
     async def start(self) -> None:
         """Listen; connections are accepted from here on. DaemonError: the run directory does not allow it."""
-        app = web.Application(middlewares=[_errors_as_json], client_max_size=REQUEST_BYTES_MAX)
+        middlewares = [self._outlasts_its_client, _errors_as_json]
+        app = web.Application(middlewares=middlewares, client_max_size=REQUEST_BYTES_MAX)
         app.add_routes(
             [
                 web.get("/v1/daemon", self._info),
@@ -105,7 +111,13 @@ class ControlServer:
             ]
         )
         # Who closes it has ended the attaches that run; a detach that runs is ended by the stop that follows.
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=_SHUTDOWN_S,
+            handler_cancellation=True,
+        )
         try:
             self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.run_dir / END_NAME).unlink(missing_ok=True)
@@ -154,6 +166,17 @@ class ControlServer:
             raise
         return listener
 
+    @web.middleware
+    async def _outlasts_its_client(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """The server cancels what a client asked for that hung up. Right for an attach, whose client is gone
+        with Ctrl-C, or after its time-out; a detach that was begun must come to its end."""
+        if request.match_info.handler == self._attach:
+            return await handler(request)
+        running = asyncio.ensure_future(handler(request))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return await asyncio.shield(running)
+
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response(self.api.info())
 
@@ -168,11 +191,13 @@ class ControlServer:
         path, document = body.get("config_path"), body.get("config")
         if not isinstance(path, str) or not isinstance(document, dict):
             raise DaemonError('the body must be {"config_path": a string, "config": an object}')
-        self._attaching += 1
+        if (client := request.transport) is None:
+            raise DaemonError("the client has hung up")
+        self._attaching.add(client)
         try:
             device = await self.api.attach(config.parse(document, Path(path)))
         finally:
-            self._attaching -= 1
+            self._attaching.discard(client)
         return web.json_response(device, status=201)
 
     async def _detach(self, request: web.Request) -> web.Response:
@@ -187,7 +212,8 @@ class ControlServer:
     async def _stop(self, request: web.Request) -> web.Response:
         body = await _json_object(request) if request.can_read_body else {}
         # Who started a daemon for an attach that failed takes it away again, unless others came meanwhile.
-        if body.get("if_idle") and (self._attaching or self.api.devices()):
+        attaching = not all(client.is_closing() for client in self._attaching)  # else it was given up
+        if body.get("if_idle") and (attaching or self.api.devices()):
             return web.json_response({"stopping": False})
         self.api.request_stop()
         return web.json_response({"stopping": True})

@@ -76,7 +76,7 @@ class Daemon:
         settings = self._config.cache
         # Not Path.exists, which raises where one may not look.
         if not await self._run(os.path.exists, settings.dir / "slots"):
-            await self._preflight()
+            await self._unless_stopped(self._preflight())
         engine_of = partial(Engine, staging_bytes=self._config.remote.staging)
         self._cache = cache = await self._run(Cache.open, settings, run_root(), engine_of)
         engine = cache.engine
@@ -96,6 +96,19 @@ class Daemon:
         assert self._fills is not None
         await self._fills.stop(layer_id)
 
+    async def _unless_stopped(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """DaemonError as soon as somebody asks for a stop: whoever gave the start up does not wait for it."""
+        task, stop = asyncio.create_task(coroutine), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise DaemonError("the daemon was stopped before it served anything")
+            await task
+        finally:
+            task.cancel()
+            stop.cancel()
+            await asyncio.gather(task, stop, return_exceptions=True)
+
     async def _preflight(self) -> None:
         """Before a cache directory is made: can its first device exist at all? A user who mistyped an address
         is not left with a directory of many gigabytes."""
@@ -113,7 +126,8 @@ class Daemon:
         """Attaches that run end in an error; nothing new is begun."""
         self._stopping.set()
         for call in self._calls:
-            call.cancel()
+            if not call.cancelling():  # one that cleans up behind itself is let be
+                call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
 
     async def stop(self) -> None:
@@ -190,10 +204,11 @@ class Daemon:
     async def attach(self, config: Config) -> dict[str, Any]:
         """See control.DaemonApi."""
         self._same_cache(config)
-        return await self._call(self._attach(config))
+        return await self._call(self._attach(config), abandon=True)
 
-    async def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What a client asked for, as a task of its own that only a stop of the daemon ends."""
+    async def _call(self, coroutine: Coroutine[Any, Any, T], *, abandon: bool = False) -> T:
+        """What a client asked for, as a task of its own that only a stop of the daemon ends. abandon: or who
+        waits for it, when cancelled; what it had begun is taken back then before this returns."""
         if self._stopping.is_set():
             coroutine.close()
             raise DaemonError("the daemon is stopping", "try again when it has")
@@ -205,6 +220,10 @@ class Daemon:
         except asyncio.CancelledError:
             if call.cancelled():
                 raise DaemonError("the daemon is stopping", "try again when it has") from None
+            if abandon and not call.cancelling():
+                call.cancel()
+            if abandon:
+                await asyncio.wait([call])
             raise
 
     def _only_one(self, name: str) -> asyncio.Lock:

@@ -30,6 +30,9 @@ class FakeDaemon:
         self.config = config
         self.stopping = asyncio.Event()
         self.slow_attach = asyncio.Event()
+        self.given_up = asyncio.Event()
+        self.slow_detach = asyncio.Event()
+        self.may_detach = asyncio.Event()
         self._devices: dict[str, dict[str, Any]] = {}
 
     async def attach(self, config: Config) -> dict[str, Any]:
@@ -42,7 +45,12 @@ class FakeDaemon:
             raise KeyError("a bug in the daemon")
         if name == "slow":
             self.slow_attach.set()
-            await self.stopping.wait()
+            try:
+                await self.stopping.wait()
+            except asyncio.CancelledError:
+                self.given_up.set()
+                await self.stopping.wait()  # cleaning up may take its time
+                raise
         path = config.cache.dir.parent / f"{name}.device"
         path.touch()
         self._devices[name] = {
@@ -67,6 +75,9 @@ class FakeDaemon:
         return self._devices[name]
 
     async def detach(self, name: str, *, force: bool = False) -> None:
+        if name == "slow":
+            self.slow_detach.set()
+            await self.may_detach.wait()
         Path(self.device(name)["path"]).unlink()
         del self._devices[name]
 

@@ -158,9 +158,44 @@ async def test_a_daemon_in_use_is_not_stopped_for_being_idle(
     await slow
     server.api.stopping.clear()
     assert await ask(server, "POST", "/v1/stop", {"if_idle": True}) == {"stopping": False}
+    server.api.may_detach.set()
     for name in ("a", "slow"):
         await ask(server, "DELETE", f"/v1/devices/{name}")
     assert await ask(server, "POST", "/v1/stop", {"if_idle": True}) == {"stopping": True}
+
+
+def post(server: control.ControlServer, method: str, path: str, body: object) -> socket.socket:
+    """A client that has sent its request and may hang up."""
+    text = json.dumps(body).encode()
+    client = connected(server.run_dir)
+    client.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n".encode())
+    client.sendall(text)
+    return client
+
+
+async def test_who_hangs_up_gives_the_attach_up(server: control.ControlServer, tmp_path: Path) -> None:
+    """As Ctrl-C does. From then on it is no reason to keep a daemon that was started for it."""
+    api = server.api
+    assert isinstance(api, FakeDaemon)
+    with post(server, "POST", "/v1/devices", {"config_path": "/a", "config": document(tmp_path, "slow")}):
+        await asyncio.wait_for(api.slow_attach.wait(), 10)
+    assert await ask(server, "POST", "/v1/stop", {"if_idle": True}) == {"stopping": True}
+    await asyncio.wait_for(api.given_up.wait(), 10)
+    assert api.devices() == []
+
+
+async def test_who_hangs_up_does_not_give_a_detach_up(server: control.ControlServer, tmp_path: Path) -> None:
+    api = server.api
+    assert isinstance(api, FakeDaemon)
+    api.stopping.set()
+    await attach(server, document(tmp_path, "slow"))
+    with post(server, "DELETE", "/v1/devices/slow", {}):
+        await asyncio.wait_for(api.slow_detach.wait(), 10)
+    assert (await ask(server, "GET", "/v1/daemon"))["pid"] == os.getpid()  # it has seen the other one go
+    (running,) = server._running
+    api.may_detach.set()
+    await asyncio.wait_for(running, 10)
+    assert api.devices() == []
 
 
 async def test_close_takes_the_socket_away_and_start_replaces_a_dead_one(

@@ -131,3 +131,83 @@ async def test_a_stop_whose_last_commit_fails_is_a_stop_all_the_same(
     assert json.loads(left.read_text()) == CacheError("the disk takes no writes").to_dict()
     await serve(config)
     assert not left.exists(), "it is about the end before"
+
+
+async def test_an_attach_that_is_given_up_leaves_nothing(config: Config) -> None:
+    """Its server never answers; whoever asked for it has gone."""
+    daemon = Daemon(config)
+    asked = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()  # until the other side gives up
+        writer.close()
+
+    async with asyncio.timeout(LIMIT_S), await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        await daemon.start()
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+        document = config.to_document()
+        document["base"]["url"] = url
+        attach = asyncio.create_task(daemon.attach(configs.parse(document, config.path)))
+        await asked.wait()
+        attach.cancel()
+        await asyncio.gather(attach, return_exceptions=True)
+        assert attach.cancelled()
+        assert (daemon._calls, daemon.devices()) == (set(), [])
+        await daemon.stop()
+
+
+async def test_what_cleans_up_behind_an_attach_is_not_cancelled_by_a_stop(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client that gave it up stops the daemon, if it was started for it."""
+    begun, given_up, may_end, clean = (asyncio.Event() for _ in range(4))
+
+    async def attach(self: Daemon, config: Config) -> dict[str, Any]:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+            await may_end.wait()
+            clean.set()
+        return {}
+
+    monkeypatch.setattr(Daemon, "_attach", attach)
+    daemon = Daemon(config)
+    async with asyncio.timeout(LIMIT_S):
+        await daemon.start()
+        client = asyncio.create_task(daemon.attach(config))
+        await begun.wait()
+        client.cancel()
+        await given_up.wait()
+        stop = asyncio.create_task(daemon.stop())
+        await daemon.wait()  # it has come to the attach
+        may_end.set()
+        await stop
+        assert clean.is_set()
+        await asyncio.gather(client, return_exceptions=True)
+
+
+async def test_a_start_that_asks_a_silent_server_ends_when_it_is_stopped(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the attach that starts it; there is no directory yet, and none is made."""
+    asking = asyncio.Event()
+
+    async def preflight(self: Daemon) -> None:
+        asking.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Daemon, "_preflight", preflight)
+    document = config.to_document()
+    document["cache"]["dir"] += ".none"
+    daemon = Daemon(configs.parse(document, config.path))
+    async with asyncio.timeout(LIMIT_S):
+        start = asyncio.create_task(daemon.start())
+        await asking.wait()
+        daemon.request_stop(hand_over=True)
+        with pytest.raises(DaemonError, match="stopped before it served"):
+            await start
+        await daemon.stop()
+    assert not Path(document["cache"]["dir"]).exists()

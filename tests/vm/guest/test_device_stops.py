@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.vm.guest.device_rig import MIB, DaemonProcess, MoodyServer, WaitingReader, devices, moody, read
-from tests.vm.guest.helpers import Tierblk, wait_until
+from tests.vm.guest.helpers import Tierblk, tierblk_processes, wait_until
+from tierblk.cli.starting import command
 
 IMAGE_BYTES = 2 * MIB
 MOODS = ("silent", "half", "gone")
@@ -123,6 +124,32 @@ def test_detach_when_the_reader_was_killed_and_its_read_ahead_still_waits(
     tierblk.run("detach", "ahead", limit_s=STOP_LIMIT_S)
     reader.wait(STOP_LIMIT_S)
     assert devices() == []
+
+
+def test_an_attach_that_is_interrupted_leaves_nothing_behind(
+    scratch: Path, tierblk: Tierblk, servers: dict[str, MoodyServer]
+) -> None:
+    """Ctrl-C while its server is silent: no device comes when the server is back, and no daemon that was
+    started for it stays."""
+    server, cache = servers["silent"], scratch / "cache"
+    tierblk.attach(tierblk.config("other", servers["half"].url, cache, "16MiB", **PATIENT))
+    before = DaemonProcess(cache).fds()
+    nodes = devices()
+    server.mood = "silent"
+    for name, where in (("same", cache), ("own", scratch / "fresh")):
+        config, held = tierblk.config(name, server.url, where, "16MiB", **PATIENT), server.held
+        attach = subprocess.Popen(command("attach", str(config)))
+        wait_until(lambda held=held: server.held > held, 30, "the server was not asked")  # type: ignore[misc]
+        attach.send_signal(signal.SIGINT)
+        assert attach.wait(STOP_LIMIT_S) == 130
+        wait_until(lambda: len(tierblk_processes()) == 2, 30, lambda: f"left: {tierblk_processes()}")
+    assert not (scratch / "fresh").exists()
+    wait_until(lambda: DaemonProcess(cache).fds() == before, 30, lambda: f"{DaemonProcess(cache).fds()}")
+    server.mood = "right"
+    assert devices() == nodes
+    assert [device["name"] for device in tierblk.json("list")["devices"]] == ["other"]
+    tierblk.attach(tierblk.config("same", server.url, cache, "16MiB", **PATIENT))
+    tierblk.run("stop", limit_s=STOP_LIMIT_S)
 
 
 def test_stop_while_a_process_keeps_the_device_open_does_not_wait_for_it(
