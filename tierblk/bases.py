@@ -69,26 +69,39 @@ class Bases:
         await base.aclose()
 
     async def partition_warning(self, base: Base) -> str | None:
-        """Reads the image's partition table as a user of the device would, so it is cached too. A remote that
-        does not answer is an error as soon as the retries are used up, whatever the device's patience."""
-        length_bytes = min(partition.HEAD_BYTES, base.image.size_bytes)
-        try:
-            table = partition.parse(await self._read(base, length_bytes), base.image.size_bytes)
-        except OSError as error:
-            raise base.trouble or DeviceError(f"cannot read {base.image.identity.url}: {error}") from None
-        return table.warning() if table else None
-
-    async def _read(self, base: Base, length_bytes: int) -> bytes:
-        """The first bytes. Cancelled, it ends at once: the door's drain ends the read."""
-        loop = asyncio.get_running_loop()
+        """Reads the image's partition table as the kernel will, so that all of it is cached when the kernel
+        does, whose wait nobody can end. A remote that does not answer is an error as soon as the retries are
+        used up, whatever the device's patience."""
+        size_bytes = base.image.size_bytes
         door = LocalDoor(self._cache.engine, base.layer, queue_depth=4)
         door.set_patience(0)
-        reading = loop.run_in_executor(self._executor, door.read, 0, length_bytes)
         try:
-            return await asyncio.shield(reading)
+            head = await self._read(door, 0, min(partition.HEAD_BYTES, size_bytes))
+            reads = partition.kernel_reads(head, size_bytes)
+            wanted = next(reads, None)
+            while wanted is not None:
+                found = await self._read(door, *wanted)
+                try:
+                    wanted = reads.send(found)
+                except StopIteration:
+                    wanted = None
+        except OSError as error:
+            raise base.trouble or DeviceError(f"cannot read {base.image.identity.url}: {error}") from None
         finally:
             door.drain()
-            await asyncio.wait([reading])
-            reading.exception()  # when cancelled nobody else looks at it
             door.quit()
-            await asyncio.shield(loop.run_in_executor(self._executor, door.close))
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._executor, door.close))
+        table = partition.parse(head, size_bytes)
+        return table.warning() if table else None
+
+    async def _read(self, door: LocalDoor, offset_bytes: int, length_bytes: int) -> bytes:
+        """Cancelled, it ends at once: the door's drain ends the read."""
+        loop = asyncio.get_running_loop()
+        reading = loop.run_in_executor(self._executor, door.read, offset_bytes, length_bytes)
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            door.drain()
+            await asyncio.wait([reading])
+            reading.exception()  # nobody else looks at it
+            raise

@@ -1,14 +1,15 @@
-"""What an image's partition table says about its size. Pure.
+"""What an image's partition table says about its size, and what the kernel reads to find it. Pure.
 
 The bytes come from a remote, so they may lie (I12): whatever they are, parsing ends and raises nothing.
-Nothing here decides what the kernel shows: it only tells people that an image was cut off.
+Nothing here decides what the kernel shows: it tells people that an image was cut off, and an attach what to
+have in the cache before the kernel asks for it.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 from tierblk.extent import SECTOR_BYTES
@@ -28,6 +29,16 @@ _GPT_MAGIC = b"EFI PART"
 _GPT_CRC_OFFSET = 16
 _GPT_ENTRY = struct.Struct("<16s16sQQ")  # type, id, first sector, last sector
 _GPT_ENTRIES_MAX = 1024
+_GPT_TAIL_SECTORS = 33  # where the usual backup lies: its 128 entries, and its header in the last sector
+
+_MBR_EXTENDED = frozenset({0x05, 0x0F, 0x85})
+_MBR_LINKS_MAX = 256  # as many partitions as Linux gives a disk
+# Types of primary partitions in which Linux looks for a table of their own, in which sector of them:
+# Unixware, Minix, Solaris (which is also the type of Linux swap), FreeBSD, OpenBSD, NetBSD.
+_MBR_NESTED = {0x63: 29, 0x81: 0, 0x82: 1, 0xA5: 1, 0xA6: 1, 0xA9: 1}
+
+Reads = Generator[tuple[int, int], bytes, None]
+"""Yields (offset, length) in bytes, whole sectors of the image, and is sent what lies there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,37 +102,119 @@ def _table(kind: str, partitions: tuple[Partition, ...], least_bytes: int, size_
     return PartitionTable(kind, partitions, end_bytes, size_bytes)
 
 
+def kernel_reads(head: bytes, size_bytes: int) -> Reads:
+    """What Linux reads behind an image's first HEAD_BYTES when it looks for partitions: a GPT's backup, or
+    the chain of an MBR's logical partitions. Ends after a few hundred steps at most.
+
+    Formats of other machines that need more (LDM, the dynamic disks of Windows) are left out."""
+    entries = _mbr_rows(head)
+    if entries is None:
+        return
+    if any(kind == _MBR_TYPE_GPT for _, kind, _, _ in entries):
+        yield from _gpt_reads(head, size_bytes)
+        return
+    for _, kind, start, sectors in entries:
+        if sectors and kind in _MBR_EXTENDED:
+            yield from _chain_reads(start, size_bytes)
+        elif sectors and kind in _MBR_NESTED:
+            yield from _within(start + _MBR_NESTED[kind], 1, size_bytes)
+
+
+def _within(first: int, sectors: int, size_bytes: int) -> Generator[tuple[int, int], bytes, bytes]:
+    """One read of what the image has of these sectors, if anything."""
+    stop = min(first + sectors, size_bytes // SECTOR_BYTES)
+    if stop <= first:
+        return b""
+    return (yield first * SECTOR_BYTES, (stop - first) * SECTOR_BYTES)
+
+
+def _gpt_reads(head: bytes, size_bytes: int) -> Reads:
+    """The end of the image, and whatever the header says that lies elsewhere: an image that was made larger
+    has its backup in the middle."""
+    tail = max(size_bytes // SECTOR_BYTES - _GPT_TAIL_SECTORS, 0)
+    yield from _within(tail, _GPT_TAIL_SECTORS, size_bytes)
+    header = _gpt_header(head[SECTOR_BYTES : 2 * SECTOR_BYTES], 1)
+    if header is None:
+        return  # then Linux does not ask for the backup either
+    if header.entries_stop * SECTOR_BYTES > len(head):
+        yield from _within(header.first_entry, header.entries_stop - header.first_entry, size_bytes)
+    backup = _gpt_header((yield from _within(header.backup, 1, size_bytes)), header.backup)
+    if backup is not None:
+        yield from _within(backup.first_entry, backup.entries_stop - backup.first_entry, size_bytes)
+
+
+def _chain_reads(first: int, size_bytes: int) -> Reads:
+    """Each link of the chain is a table whose first extended entry names the next one, from `first` on."""
+    this, seen = first, set[int]()
+    while this not in seen and len(seen) < _MBR_LINKS_MAX:
+        seen.add(this)
+        rows = _mbr_rows((yield from _within(this, 1, size_bytes)))
+        links = [start for _, kind, start, sectors in rows or () if sectors and kind in _MBR_EXTENDED]
+        if not links:
+            return
+        this = first + links[0]
+
+
+def _mbr_rows(sector: bytes) -> list[tuple[int, int, int, int]] | None:
+    """(status, type, first sector, sectors) of the four entries; None when it does not end as a table."""
+    if len(sector) < SECTOR_BYTES or sector[510:512] != _MBR_MAGIC:
+        return None
+    return [_MBR_ENTRY.unpack_from(sector, _MBR_TABLE_OFFSET + 16 * n) for n in range(4)]
+
+
 def _mbr_entries(head: bytes) -> list[tuple[int, int, int]] | None:
     """(type, first sector, sectors) of the four entries; None when sector 0 is something else."""
-    if len(head) < SECTOR_BYTES or head[510:512] != _MBR_MAGIC:
-        return None
-    rows = [_MBR_ENTRY.unpack_from(head, _MBR_TABLE_OFFSET + 16 * n) for n in range(4)]
+    rows = _mbr_rows(head)
     # A filesystem's own boot sector ends in the same magic and has code in this place.
-    if any(status not in (0x00, 0x80) for status, _, _, _ in rows):
+    if rows is None or any(status not in (0x00, 0x80) for status, _, _, _ in rows):
         return None
     return [(kind, start, sectors) for _, kind, start, sectors in rows]
 
 
-def _parse_gpt(head: bytes, size_bytes: int) -> PartitionTable | None:
-    if len(head) < 2 * SECTOR_BYTES:
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What a GPT header that is valid in itself says, in sectors."""
+
+    backup: int
+    last_usable: int
+    first_entry: int
+    count: int
+    entry_bytes: int
+    entries_crc: int
+
+    @property
+    def entries_stop(self) -> int:
+        """First sector behind the entries."""
+        return self.first_entry + -(-self.count * self.entry_bytes // SECTOR_BYTES)
+
+
+def _gpt_header(sector: bytes, at: int) -> _Header | None:
+    """The header in this sector, which is number `at`; None when it is not a valid one."""
+    if len(sector) < SECTOR_BYTES:
         return None
-    sector = head[SECTOR_BYTES : 2 * SECTOR_BYTES]
     magic, _, header_bytes, crc, mine, backup, _, last_usable, _, first, count, entry_bytes, entries_crc = (
         _GPT_HEADER.unpack_from(sector)
     )
-    if magic != _GPT_MAGIC or mine != 1 or not _GPT_HEADER.size <= header_bytes <= SECTOR_BYTES:
+    if magic != _GPT_MAGIC or mine != at or not _GPT_HEADER.size <= header_bytes <= SECTOR_BYTES:
         return None
     blanked = sector[:_GPT_CRC_OFFSET] + bytes(4) + sector[_GPT_CRC_OFFSET + 4 : header_bytes]
     if zlib.crc32(blanked) != crc:
         return None
     if entry_bytes < 128 or entry_bytes % 128 or entry_bytes > SECTOR_BYTES or count > _GPT_ENTRIES_MAX:
         return None
-    start = first * SECTOR_BYTES
-    entries = head[start : start + count * entry_bytes] if start < len(head) else b""
-    if len(entries) == count * entry_bytes and zlib.crc32(entries) != entries_crc:
+    return _Header(backup, last_usable, first, count, entry_bytes, entries_crc)
+
+
+def _parse_gpt(head: bytes, size_bytes: int) -> PartitionTable | None:
+    header = _gpt_header(head[SECTOR_BYTES : 2 * SECTOR_BYTES], 1)
+    if header is None:
         return None
-    partitions = tuple(_gpt_partitions(entries, entry_bytes))
-    return _table("gpt", partitions, (max(backup, last_usable) + 1) * SECTOR_BYTES, size_bytes)
+    start, length = header.first_entry * SECTOR_BYTES, header.count * header.entry_bytes
+    entries = head[start : start + length] if start < len(head) else b""
+    if len(entries) == length and zlib.crc32(entries) != header.entries_crc:
+        return None
+    partitions = tuple(_gpt_partitions(entries, header.entry_bytes))
+    return _table("gpt", partitions, (max(header.backup, header.last_usable) + 1) * SECTOR_BYTES, size_bytes)
 
 
 def _gpt_partitions(entries: bytes, entry_bytes: int) -> Iterable[Partition]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierblk.partition import HEAD_BYTES, Partition, PartitionTable, parse
+from tierblk.partition import HEAD_BYTES, Partition, PartitionTable, kernel_reads, parse
 
 SECTOR = 512
 DISK_BYTES = 64 * 2**20
@@ -154,3 +154,67 @@ def test_a_gpt_whose_checksum_is_right_and_whose_numbers_lie(
     head[SECTOR : SECTOR + 92] = struct.pack("<8sIII4xQQQQ16sQIII", *fields)
     table = parse(bytes(head), size_bytes)
     assert table is None or isinstance(table.warning(), str | None)
+
+
+def reads_of(image: bytes) -> list[tuple[int, int]]:
+    """(first sector, sectors) of all that is read behind the head; each lies inside the image."""
+    reads, found = kernel_reads(image[:HEAD_BYTES], len(image)), list[tuple[int, int]]()
+    wanted = next(reads, None)
+    while wanted is not None:
+        offset, length = wanted
+        assert 0 <= offset < offset + length <= len(image)
+        assert (offset % SECTOR, length % SECTOR) == (0, 0)
+        found.append((offset // SECTOR, length // SECTOR))
+        try:
+            wanted = reads.send(image[offset : offset + length])
+        except StopIteration:
+            wanted = None
+    return found
+
+
+def test_linux_looks_for_the_backup_of_a_gpt_at_the_end(tmp_path: Path) -> None:
+    sfdisk(tmp_path / "disk", "label: gpt\nsize=8MiB\n")
+    last = DISK_BYTES // SECTOR - 1
+    assert reads_of((tmp_path / "disk").read_bytes()) == [(last - 32, 33), (last, 1), (last - 32, 32)]
+
+
+def test_and_where_the_header_says_when_the_disk_was_made_larger(tmp_path: Path) -> None:
+    sfdisk(tmp_path / "disk", "label: gpt\nsize=8MiB\n")
+    backup = DISK_BYTES // SECTOR - 1
+    grown = (tmp_path / "disk").read_bytes() + bytes(2**20)
+    assert reads_of(grown) == [(backup + 2048 - 32, 33), (backup, 1), (backup - 32, 32)]
+    assert reads_of(grown[: 32 * 2**20]) == [(65536 - 33, 33)], "nothing of what was cut off"
+
+
+def test_entries_behind_the_head_are_read_too() -> None:
+    image = bytes(gpt_head([(2048, 4095)], 8192, entries_at=64)).ljust(8192 * SECTOR, b"\0")
+    assert reads_of(image) == [(8192 - 33, 33), (64, 32), (8191, 1)]
+
+
+def test_linux_follows_the_chain_of_logical_partitions(tmp_path: Path) -> None:
+    """And looks into primary ones whose type may mean a table of their own: swap has Solaris' type."""
+    script = "label: dos\n2048,8MiB\n,4MiB,S\n,2MiB\n,,E\n,4MiB\n,8MiB\n,4MiB\n"
+    sfdisk(tmp_path / "disk", script)
+    dump = subprocess.run(
+        ["/sbin/sfdisk", "--dump", tmp_path / "disk"], check=True, capture_output=True, text=True, timeout=30
+    ).stdout
+    starts = [int(line.split("start=")[1].split(",")[0]) for line in dump.splitlines() if "start=" in line]
+    swap, extended, logical = starts[1], starts[3], starts[4:]
+    links = [extended, *(start - 2048 for start in logical[1:])]  # sfdisk puts each link a MiB before
+    assert len(links) == 3
+    assert reads_of((tmp_path / "disk").read_bytes()) == [(swap + 1, 1), *((link, 1) for link in links)]
+
+
+def test_a_chain_that_bites_its_tail_ends() -> None:
+    image = bytearray(100 * SECTOR)
+    for sector, start in ((0, 50), (50, 7), (57, 0)):  # links count from the first one, which is 50
+        struct.pack_into("<B3xB3xII", image, sector * SECTOR + 446, 0, 5, start, 10)
+        image[sector * SECTOR + 510 : (sector + 1) * SECTOR] = b"\x55\xaa"
+    assert reads_of(bytes(image)) == [(50, 1), (57, 1)]
+
+
+@given(st.binary(max_size=64), st.integers(0, 80), st.sampled_from([5, 0x0F, 0x82, 0xEE]))
+def test_what_is_read_lies_inside_whatever_the_table_says(data: bytes, sectors: int, kind: int) -> None:
+    link = bytes(446) + struct.pack("<B3xB3xII", 0, kind, sectors // 2, 7) + data.ljust(48, b"\0")[:48]
+    image = (link + b"\x55\xaa") * sectors
+    assert len(reads_of(image)) <= 4 * 256

@@ -153,13 +153,14 @@ class MoodyServer:
 
     "right"; "silent": takes a request and says nothing; "half": stops in the middle of the body; "whole":
     ignores ranges, as servers do that have none. `gone()`: nobody listens any more. `held`: how many
-    requests wait for that.
+    requests wait for that. `broken_from`: hangs up on whoever asks for bytes from there on.
     """
 
     def __init__(self, content: bytes) -> None:
         self.content = content
         self.mood = "right"
         self.held = 0
+        self.broken_from = len(content)
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
@@ -201,15 +202,16 @@ class MoodyServer:
         with self._lock:
             self._sockets.add(request.connection)
         mood = self.mood
-        if mood == "silent":
-            self._hold()
-            request.close_connection = True
-            return
         begin, end = 0, len(self.content)
         asked = request.headers.get("Range")
         if asked and mood != "whole":
             first, last = asked.removeprefix("bytes=").split("-")
             begin, end = int(first), min(int(last) + 1, end)
+        if mood == "silent":
+            self._hold()
+        if mood == "silent" or begin >= self.broken_from:
+            request.close_connection = True
+            return
         request.send_response(200 if mood == "whole" else 206)
         if mood != "whole":
             request.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(self.content)}")

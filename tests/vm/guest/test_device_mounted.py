@@ -5,12 +5,13 @@ from __future__ import annotations
 import filecmp
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.vm.guest.device_rig import MIB, compare_whole, devices
+from tests.vm.guest.device_rig import IMPATIENT, IMPATIENT_LIMIT_S, MIB, compare_whole, devices, moody
 from tests.vm.guest.helpers import Tierblk, WebServer, write_image
 
 IMAGE_BYTES = 24 * MIB
@@ -109,3 +110,18 @@ def test_an_image_that_was_cut_off_is_attached_with_a_warning(
     assert "partition" in attached.stderr
     assert tierblk.status("cut")["warnings"]
     compare_whole(device, disk)
+
+
+def test_a_server_that_breaks_after_the_first_sectors_ends_the_attach(
+    scratch: Path, tierblk: Tierblk, disk: Path
+) -> None:
+    """The kernel's look for the table's backup would wait for ever, and nobody could end the attach."""
+    patient = {**IMPATIENT, "device__on_outage": "wait"}
+    with moody(disk.read_bytes()) as server:
+        server.broken_from = IMAGE_BYTES - MIB
+        config = tierblk.config("broken", server.url, scratch / "cache", "16MiB", **patient)
+        began_s = time.monotonic()
+        answer = tierblk.run("attach", config, check=False)
+        assert answer.returncode == 4, answer.stderr
+        assert time.monotonic() - began_s < IMPATIENT_LIMIT_S
+        assert devices() == []
