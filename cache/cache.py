@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from tierblk import address
 from tierblk.cache import start
 from tierblk.cache.commit import CommitReport, Committer
 from tierblk.cache.directory import Directory, open_directory
@@ -134,7 +135,7 @@ class Cache:
             except CacheError as error:
                 if layer_id not in self._layers:  # unrecorded, its number could become another image's
                     raise
-                _log.warning("that %s is used again could not be recorded: %s", url, error)
+                _log.warning("that %s is used again could not be recorded: %s", address.shown(url), error)
             self._records[layer_id] = record
             if layer_id not in self._layers:
                 self._layers[layer_id] = self._open_empty(record)
@@ -163,7 +164,7 @@ class Cache:
         layers = [
             {
                 "layer_id": layer_id,
-                "url": self._records[layer_id].url,
+                "url": address.shown(self._records[layer_id].url),
                 "size_bytes": self._records[layer_id].size_bytes,
                 "cached_bytes": layer.cached_pages() * PAGE_BYTES,
             }
@@ -259,7 +260,9 @@ class Cache:
             layer = self.engine.open_layer(record.layer_id, map_fd, record.size_bytes)
         except OSError as error:
             self._maps.forget(record.layer_id)
-            raise CacheError(f"cannot make the block map of {record.url}: {error.strerror}") from None
+            raise CacheError(
+                f"cannot make the block map of {address.shown(record.url)}: {error.strerror}"
+            ) from None
         self._maps.stamp(record.layer_id, self.session)
         return layer
 

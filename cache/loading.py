@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, field
 from itertools import chain
 
+from tierblk import address
 from tierblk.cache.index import Index, LayerRecord
 from tierblk.cache.maps import Maps
 from tierblk.cache.rows import entries_of, unpack_row
@@ -108,7 +109,7 @@ def _load_rows(engine: Engine, index: Index, maps: Maps, record: LayerRecord, lo
         except ValueError as error:
             # A whole row that contradicts another one (I4) is worse than a damaged one: it was written so.
             level = logging.ERROR if _is_whole(packed) else logging.WARNING
-            _log.log(level, "%s, of %s, is dropped from the cache", error, record.url)
+            _log.log(level, "%s, of %s, is dropped from the cache", error, address.shown(record.url))
             loaded.dropped_rows.append((record.layer_id, row))
     loaded.records.append(record)
     loaded.layers[record.layer_id] = layer

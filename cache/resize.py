@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 
+from tierblk import address
 from tierblk.cache.directory import INDEX_RESERVE_BYTES, SUMS_BYTES_PER_SLOT, Directory
 from tierblk.cache.filesystem import free_bytes, is_no_space
 from tierblk.cache.index import Index, LayerRecord
@@ -146,7 +147,8 @@ def _count_clean(entries: Iterable[Entry], record: LayerRecord, what: str) -> in
     for entry in entries:
         if record.kind != "base" or entry.dirty & entry.cached:
             raise CacheError(
-                f"{what}: pages of {record.url} that nothing else has are in the part that would go",
+                f"{what}: pages of {address.shown(record.url)} that nothing else has are in the part that "
+                "would go",
                 "set cache.size to the size that it has",
             )
         count += 1

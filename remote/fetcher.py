@@ -65,7 +65,7 @@ class Fetcher:
         self._rng = rng
         self._sleep = sleep
         self._clock = clock
-        self._outage = Outage(source.identity.url, rng, clock)
+        self._outage = Outage(source.identity.shown, rng, clock)
         self._places = Places(
             settings.max_requests,
             clock,
@@ -97,7 +97,7 @@ class Fetcher:
         outage, waiting = self._outage, self._outage.waiting + self._pausing
         next_s = outage.next_probe_s
         if outage.since is not None:
-            reason = str(outage.error or f"{self.source.identity.url} is silent")
+            reason = str(outage.error or f"{self.source.identity.shown} is silent")
             return Health(
                 state="degraded", since=outage.since, reason=reason, next_try_s=next_s, waiting=waiting
             )

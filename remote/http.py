@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 from yarl import URL
 
+from tierblk import address
 from tierblk.errors import ConfigError, RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.remote import direct
 from tierblk.remote.answer import REDIRECTS, Pin, Want, changed, check_partial, is_exact_length, quoted
@@ -269,7 +270,7 @@ async def open_http(
     known: what to pin when the server cannot be reached. pin: what to pin without asking.
     may_go_direct=False: the ordinary way only.
     """
-    address = _parse(url)
+    parsed = _parse(url)
     context = await asyncio.to_thread(_tls_context, settings.ca_file)
     session = aiohttp.ClientSession(
         connector=_connector(context, may_go_direct),
@@ -285,7 +286,7 @@ async def open_http(
             ceil_threshold=settings.connect_timeout + 1,  # longer ones would be rounded up to whole seconds
         ),
     )
-    source = HttpSource(address, session, settings.headers)
+    source = HttpSource(parsed, session, settings.headers)
     if pin is not None:
         source.trust(pin)
         return source
@@ -304,16 +305,15 @@ async def open_http(
 
 
 def shown(url: URL) -> str:
-    """An address for messages: no password, and of a query (it may be a signature) only that it is there."""
-    bare = url.with_user(None).with_fragment(None)
-    return f"{bare.with_query(None)}?…" if url.raw_query_string else str(bare)
+    """An address for messages, see address.shown."""
+    return address.shown(str(url))
 
 
 def _parse(url: str) -> URL:
     try:
         return _usable(_verbatim(url))
     except ValueError:
-        raise RemoteRefused(f"{url!r:.200} is no http or https address") from None
+        raise RemoteRefused(f"{address.shown(url)!r:.200} is no http or https address") from None
 
 
 def _verbatim(text: str) -> URL:
@@ -335,7 +335,9 @@ def _follow(url: URL, location: str | None, want: Want) -> URL:
     try:
         target = _usable(url.join(_verbatim(location)))
     except ValueError:
-        raise RemoteMismatch(f"{want.asked}, but the redirect leads to {quoted(location)}") from None
+        raise RemoteMismatch(
+            f"{want.asked}, but the redirect leads to {quoted(address.shown(location))}"
+        ) from None
     if url.scheme == "https" and target.scheme == "http":
         raise RemoteRefused(
             f"{want.asked}, but the redirect leads from https to unencrypted {shown(target)}",
@@ -423,5 +425,8 @@ def translate(error: Exception, want: Want) -> TierblkError:
             return RemoteMismatch(f"{want.asked}, but what came is not HTTP: {quoted(error.message)}")
         case aiohttp.ClientConnectionError() | OSError():
             return RemoteUnavailable(f"{want.asked}, but the connection was lost")
+        case aiohttp.InvalidURL():
+            where = quoted(address.shown(str(error.url)))
+            return RemoteRefused(f"{want.asked}, but {where} is no address that can be asked")
         case _:
             return RemoteRefused(f"{want.asked}, but the request is impossible: {quoted(str(error))}")

@@ -14,7 +14,7 @@ class RawImage:
 
     def __init__(self, source: Source) -> None:
         """RemoteRefused when the source's size cannot be that of a disk."""
-        url, size_bytes = source.identity.url, source.identity.size_bytes
+        url, size_bytes = source.identity.shown, source.identity.size_bytes
         if size_bytes == 0:
             raise RemoteRefused(f"{url} is empty (0 bytes)", "an image has at least one sector of 512 bytes")
         if size_bytes > SIZE_BYTES_MAX:

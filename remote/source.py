@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
+from tierblk import address
 from tierblk.errors import RemoteRefused
 
 if TYPE_CHECKING:
@@ -23,14 +24,19 @@ Progress = Callable[[int], None]
 class Identity:
     """What makes two sources the same bytes: the cache keys a base by it.
 
-    url: without user and password. size_bytes: length of the whole object. validator: the strongest sign of
-    the version that the source has: 'etag:"…"', 'last-modified:…', 'stat:dev-ino-size-mtime_ns', or 'size:N'
-    where there is none.
+    url: without user and password; it may still hold a signature, so people and logs get `shown`.
+    size_bytes: length of the whole object. validator: the strongest sign of the version that the source has:
+    'etag:"…"', 'last-modified:…', 'stat:dev-ino-size-mtime_ns', or 'size:N' where there is none.
     """
 
     url: str
     size_bytes: int
     validator: str
+
+    @property
+    def shown(self) -> str:
+        """The address for messages, see address.shown."""
+        return address.shown(self.url)
 
 
 class Source(Protocol):
@@ -85,6 +91,6 @@ async def open_source(
 
         return await open_file(url, pin)
     raise RemoteRefused(
-        f"{url!r:.200} is no address that can be read",
+        f"{address.shown(url)!r:.200} is no address that can be read",
         "use http://HOST/PATH, https://HOST/PATH or file:///PATH",
     )

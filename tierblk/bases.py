@@ -86,7 +86,7 @@ class Bases:
                 except StopIteration:
                     wanted = None
         except OSError as error:
-            raise base.trouble or DeviceError(f"cannot read {base.image.identity.url}: {error}") from None
+            raise base.trouble or DeviceError(f"cannot read {base.image.identity.shown}: {error}") from None
         finally:
             door.drain()
             door.quit()

@@ -30,6 +30,7 @@ from pydantic import (
     field_validator,
 )
 
+from tierblk import address
 from tierblk.errors import ConfigError
 from tierblk.extent import BLOCK_BYTES
 from tierblk.units import GIB, KIB, MIB, TIB, format_duration, format_exact_size, parse_duration, parse_size
@@ -178,27 +179,24 @@ def _absolute_path(value: object) -> Path:
 
 def _url(value: object) -> str:
     text = _text(value)
+    shown = _quoted(address.shown(text))
     if re.search(r"[\x00-\x20\x7f]", text):
-        raise ValueError(
-            f"must have no spaces or control characters (write %20 for a space), is {_quoted(text)}"
-        )
+        raise ValueError(f"must have no spaces or control characters (write %20 for a space), is {shown}")
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ValueError(f"is not a URL ({error}): {_quoted(text)}") from None
+        raise ValueError(f"is not a URL ({error}): {shown}") from None
     if parts.scheme not in ("http", "https", "file"):
-        raise ValueError(f"must begin with http://, https:// or file://, is {_quoted(text)}")
+        raise ValueError(f"must begin with http://, https:// or file://, is {shown}")
     if parts.fragment:
         raise ValueError(f"must not have a fragment (#{parts.fragment[:20]})")
     if parts.scheme == "file":
         if host not in (None, "localhost") or port is not None or not parts.path.startswith("/"):
-            raise ValueError(
-                f"must be file:// and an absolute path (file:///srv/disk.raw), is {_quoted(text)}"
-            )
+            raise ValueError(f"must be file:// and an absolute path (file:///srv/disk.raw), is {shown}")
         return text
     if not host:
-        raise ValueError(f"must name a host, is {_quoted(text)}")
+        raise ValueError(f"must name a host, is {shown}")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
             "must not hold a user or password, which status and logs would show; "

@@ -259,7 +259,7 @@ class Daemon:
             log.warning("%s: %s", device.name, warning)
         await device.start(self._on_device_end, dev_id=dev_id)
         self._devices[device.name] = device
-        log.info("%s is %s: %s", device.name, device.path, base.image.identity.url)
+        log.info("%s is %s: %s", device.name, device.path, base.image.identity.shown)
         return self._shown(device)
 
     def _there_already(self, device: Device, config: Config) -> dict[str, Any]:

@@ -421,7 +421,7 @@ class Device:
             "reason": reason,
             "since": health["since"] if self.state == "live" else None,
             "next_try_s": health["next_try_s"],
-            "url": self.base.image.identity.url,
+            "url": self.base.image.identity.shown,
             "validator": self.base.image.identity.validator,
             "config_path": str(self.config.path),
             "queue_depth": self._queue_depth,

@@ -41,7 +41,7 @@ class Base:
     def worked(self) -> None:
         """A fetch brought its bytes."""
         if self.trouble is not None:
-            log.warning("%s answers again", self.image.identity.url)
+            log.warning("%s answers again", self.image.identity.shown)
         self.trouble = None
 
     def health(self) -> Health:

@@ -2,7 +2,7 @@
 
 A record is written before a device can be opened and removed when it is deleted, so a device that outlives
 its daemon has one. It lies on tmpfs like the block maps: it never outlives the machine's uptime. The config
-in it may hold secrets ([remote.headers]): mode 0600.
+in it may hold secrets ([remote.headers], a signed address): mode 0600.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from tierblk import address
 
 FOLDER = "devices"
 VERSION = 1
@@ -96,7 +98,7 @@ def waiting_device(record: DeviceRecord, state: str, reason: str | None) -> dict
         "size_bytes": record.size_bytes,
         "state": state,
         "reason": reason,
-        "url": record.url,
+        "url": address.shown(record.url),
         "validator": record.validator,
         "config_path": record.config_path,
         "recovery": True,

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tierblk import address, driver, records
 from tierblk import config as configs
-from tierblk import driver, records
 from tierblk.core import ublk
 from tierblk.device import Device
 from tierblk.errors import DeviceError, TierblkError
@@ -101,7 +101,7 @@ class TakeOver:
             log.exception("%s (%s) could not be taken over", record.name, record.path)
             self._failed(f"internal error: {error!r:.200}")
         else:
-            log.info("%s (%s) is taken over: %s", record.name, record.path, record.url)
+            log.info("%s (%s) is taken over: %s", record.name, record.path, address.shown(record.url))
             return device
         return None
 

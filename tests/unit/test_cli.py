@@ -315,6 +315,10 @@ class TestCheck:
     def test_secrets_are_not_shown(self, cli: Cli) -> None:
         done = cli("check", "--json", ROOT / "configs" / "https.toml")
         assert done.json["config"]["remote"]["headers"] == {"Authorization": "..."}
+        config = cli.config("a", url="https://images.example/a.raw?signature=s3cr3t")
+        for done in (cli("check", config), cli("check", "--json", config)):
+            assert done.code == 0
+            assert "s3cr3t" not in done.out
 
     def test_connect_reads_the_image(self, cli: Cli) -> None:
         image = cli.folder / "disk.raw"

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 SOURCES = [
     path for folder in ("tierblk", "cache", "remote") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-PURE = ("config", "errors", "extent", "partition", "rundir", "units")
+PURE = ("address", "config", "errors", "extent", "partition", "rundir", "units")
 
 
 def imported(path: Path) -> set[str]:

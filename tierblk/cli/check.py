@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from tierblk import address
 from tierblk.cli.arguments import add_json
 from tierblk.cli.output import put, put_json, warn
 from tierblk.units import format_size
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     device, base, cache = loaded.device, loaded.base, loaded.cache
     where = f"{cache.dir} ({format_size(cache.size)})"
-    put(f"{loaded.path} is right: {device.name} from {base.url}, cached in {where}")
+    put(f"{loaded.path} is right: {device.name} from {address.shown(base.url)}, cached in {where}")
     if remote:
         size = f"{format_size(remote['size_bytes'])} ({remote['size_bytes']} bytes)"
         put(f"the image can be read: {size}, {remote['validator']}")
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def _public(loaded: Config) -> dict[str, Any]:
     """The settings without what may be secret."""
     document = loaded.to_document()
+    document["base"]["url"] = address.shown(loaded.base.url)
     document["remote"]["headers"] = dict.fromkeys(loaded.remote.headers, "...")
     return document
 
