@@ -1,8 +1,12 @@
-"""Sources behind file://: a regular file, read in an executor.
+"""Sources behind file://: a regular file, read in threads.
 
 The version is what stat says (device, inode, size, mtime). It is looked at again after every piece and before
 the piece counts as read, so a file that is written to under us ends reads instead of mixing two versions. A
 file that is replaced by another one (renamed over) stays as it was opened.
+
+A network filesystem whose server is away holds whoever reads for as long as it likes, and nothing ends that.
+So threads read into memory of their own, never into the caller's: who is cancelled, or waited for
+read_timeout, can leave at once (I6, R5), and what still comes is thrown away.
 """
 
 from __future__ import annotations
@@ -10,37 +14,136 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tierblk.errors import RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.remote.source import REPIN_HINT, Identity, Progress
 
-PIECE_BYTES = 256 * 1024  # how often progress is told, and how long a cancelled read goes on at most
+PIECE_BYTES = 256 * 1024  # how often progress is told
 THREADS_MAX = 4
 KIND = "stat:"  # how the validator of a file begins
+
+T = TypeVar("T")
+
+
+class _Threads:
+    """A few threads for what may hang. Not those of an executor: Python's end would wait for them."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any], Callable[[Any], None]] | None]
+        self._work = SimpleQueue()
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._undone = 0  # handed to the threads and not come back, waited for or not
+        self._count = 0
+        self._ended = 0  # of the threads, under the lock
+        self._lock = threading.Lock()
+        self._last: Callable[[], None] = lambda: None
+
+    async def run(self, function: Callable[[], T], drop: Callable[[T], None] = lambda result: None) -> T:
+        """What the function returns or raises. drop: what to do with a result that comes too late."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._undone += 1
+        if self._undone > self._count < THREADS_MAX:
+            self._count += 1
+            threading.Thread(target=self._serve, args=(loop,), name="tierblk-file", daemon=True).start()
+        self._waiting.add(future)
+        self._work.put((future, function, drop))
+        try:
+            return await future
+        finally:
+            self._waiting.discard(future)
+
+    def end(self, error: TierblkError, last: Callable[[], None]) -> None:
+        """Who waits gets the error. last: called when no thread runs any more, which may be never."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(error)
+        self._last = last
+        if not self._count:
+            last()
+        for _ in range(self._count):
+            self._work.put(None)
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A thread."""
+        while (item := self._work.get()) is not None:
+            future, function, drop = item
+            result, error = None, None
+            if not future.done():
+                try:
+                    result = function()
+                except BaseException as caught:
+                    error = caught
+            with suppress(RuntimeError):  # the loop is closed: the process ends
+                loop.call_soon_threadsafe(self._come_back, future, result, error, drop)
+        with self._lock:
+            self._ended += 1
+            is_last = self._ended == self._count
+        if is_last:
+            self._last()
+
+    def _come_back(
+        self,
+        future: asyncio.Future[Any],
+        result: Any,
+        error: BaseException | None,
+        drop: Callable[[Any], None],
+    ) -> None:
+        self._undone -= 1
+        if not future.done():
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+        elif error is None and result is not None:
+            drop(result)
 
 
 class FileSource:
     """One open file. Made by open_file; see Source for what its methods promise."""
 
-    def __init__(self, url: str, path: str, fd: int | None, identity: Identity) -> None:
-        """fd None: the file that has this identity is not there yet; reads look for it at the path."""
+    def __init__(self, url: str, path: str, timeout_s: float | None) -> None:
         self._url = url
         self._path = path
-        self._fd = fd
+        self._timeout_s = timeout_s
+        self._fd: int | None = None  # None: not opened yet, or closed
         self._closed = False
-        self._version = identity.validator.removeprefix(KIND)
-        self._identity = identity
-        # Its own threads: a network filesystem that hangs must not take those that the rest of the daemon
-        # uses.
-        self._executor = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="tierblk-file")
-        self._reading: set[asyncio.Future[None]] = set()
+        self._identity: Identity | None = None
+        self._version = ""
+        self._threads = _Threads()
+        self._free: list[bytearray] = []  # memory that no thread has
 
     @property
     def identity(self) -> Identity:
-        """The version that was opened."""
+        """The version that was opened. Known once open_file has returned."""
+        assert self._identity is not None
         return self._identity
+
+    def trust(self, identity: Identity) -> None:
+        """Serve this version; reads look for it at the path."""
+        self._identity, self._version = identity, identity.validator.removeprefix(KIND)
+
+    async def open(self) -> None:
+        """Open the file and pin its version."""
+        self._fd, found = await self._opened(RemoteRefused)
+        self.trust(Identity(self._url, found.st_size, f"{KIND}{_version(found)}"))
+
+    async def _opened(self, absent: type[TierblkError]) -> tuple[int, os.stat_result]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._threads.run(
+                    lambda: _open(self._url, self._path, absent), lambda late: os.close(late[0])
+                )
+        except TimeoutError:
+            raise RemoteUnavailable(
+                f"{self._url}: {self._path} could not be opened within {self._timeout_s:g} s"
+            ) from None
 
     async def read_into(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
         """See Source.read_into."""
@@ -49,24 +152,22 @@ class FileSource:
         view = buffer.cast("B")
         for begin in range(0, len(view), PIECE_BYTES):
             piece = view[begin : begin + PIECE_BYTES]
-            await self._in_thread(offset_bytes + begin, piece)
+            await self._read(offset_bytes + begin, piece)
             progress(begin + len(piece))
 
     async def aclose(self) -> None:
-        """See Source.aclose."""
+        """See Source.aclose. A thread that hangs is left to itself; the file is closed when it is done."""
+        if self._closed:
+            return
         self._closed = True
         fd, self._fd = self._fd, None
-        if fd is None:
-            return
-        if self._reading:
-            await asyncio.wait(self._reading)
-        self._executor.shutdown(wait=False)  # its threads have nothing to do any more
-        os.close(fd)
+        closed = RemoteRefused(f"{self._url}: this source is closed")
+        self._threads.end(closed, lambda: None if fd is None else os.close(fd))
 
     async def _reopen(self, offset_bytes: int) -> None:
         """Find the pinned version at the path. RemoteUnavailable while nothing is there."""
         if not self._closed:
-            fd, found = await asyncio.to_thread(_open, self._url, self._path, RemoteUnavailable)
+            fd, found = await self._opened(RemoteUnavailable)
             if _version(found) != self._version:
                 os.close(fd)
                 raise self._changed(found)
@@ -89,29 +190,29 @@ class FileSource:
             REPIN_HINT,
         )
 
-    async def _in_thread(self, offset_bytes: int, piece: memoryview) -> None:
-        """Fill the piece. A thread cannot be cancelled, so a cancelled caller waits for it (I6)."""
+    async def _read(self, offset_bytes: int, piece: memoryview) -> None:
+        """Fill the piece, when all of it has come and counts."""
         if self._fd is None:
             raise self._is_closed(offset_bytes)
-        work = asyncio.get_running_loop().run_in_executor(
-            self._executor, self._fill, self._fd, offset_bytes, piece
-        )
-        self._reading.add(work)
-        work.add_done_callback(self._reading.discard)
-        cancelled: asyncio.CancelledError | None = None
-        while not work.done():
-            try:
-                await asyncio.wait([work])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            work.exception()  # seen: nobody is left who wants it
-            raise cancelled
-        work.result()
+        fd, memory = self._fd, self._free.pop() if self._free else bytearray(PIECE_BYTES)
+        own = memoryview(memory)[: len(piece)]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._threads.run(lambda: self._fill(fd, offset_bytes, own))
+        except TimeoutError:
+            raise RemoteUnavailable(
+                f"{self._asked(offset_bytes, piece)}, but nothing came for {self._timeout_s:g} s"
+            ) from None
+        piece[:] = own
+        if len(self._free) < THREADS_MAX:
+            self._free.append(memory)  # only here: whoever left early left it to the thread
+
+    def _asked(self, offset_bytes: int, piece: memoryview) -> str:
+        return f"{self._url}: asked for bytes {offset_bytes}-{offset_bytes + len(piece) - 1}"
 
     def _fill(self, fd: int, offset_bytes: int, piece: memoryview) -> None:
         """In a thread: read the piece, then see that the file is still the one that was opened."""
-        asked = f"{self._url}: asked for bytes {offset_bytes}-{offset_bytes + len(piece) - 1}"
+        asked = self._asked(offset_bytes, piece)
         filled_bytes = 0
         try:
             while filled_bytes < len(piece):
@@ -128,16 +229,22 @@ class FileSource:
             raise RemoteRefused(f"{asked}, but the file ends after {offset_bytes + filled_bytes} bytes")
 
 
-async def open_file(url: str, pin: Identity | None = None) -> FileSource:
+async def open_file(url: str, pin: Identity | None = None, *, timeout_s: float | None = None) -> FileSource:
     """Open the file and pin its version. RemoteRefused for an address or a file that cannot be a source.
 
-    pin: serve exactly that version; the file is only looked for when something is read.
+    pin: serve exactly that version; the file is only looked for when something is read. timeout_s: how long
+    opening and each piece may take before it is RemoteUnavailable; None: for ever.
     """
-    path = _path(url)
+    source = FileSource(url, _path(url), timeout_s)
     if pin is not None:
-        return FileSource(url, path, None, pin)
-    fd, found = await asyncio.to_thread(_open, url, path)
-    return FileSource(url, path, fd, Identity(url, found.st_size, f"{KIND}{_version(found)}"))
+        source.trust(pin)
+        return source
+    try:
+        await source.open()
+    except BaseException:
+        await source.aclose()
+        raise
+    return source
 
 
 def _path(url: str) -> str:

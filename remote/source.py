@@ -89,7 +89,7 @@ async def open_source(
     if scheme == "file":
         from tierblk.remote.file import open_file
 
-        return await open_file(url, pin)
+        return await open_file(url, pin, timeout_s=settings.read_timeout)
     raise RemoteRefused(
         f"{address.shown(url)!r:.200} is no address that can be read",
         "use http://HOST/PATH, https://HOST/PATH or file:///PATH",

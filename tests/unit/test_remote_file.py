@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tierblk.config import RemoteSettings
 from tierblk.errors import RemoteRefused, RemoteUnavailable
 from tierblk.remote import open_source
@@ -152,30 +157,126 @@ async def test_disk_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await source.aclose()
 
 
-async def test_cancelled_read_waits_for_its_thread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that reads into the buffer cannot be stopped, so it is outlived (I6)."""
-    reading, may_end, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
-    preadv = os.preadv
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0)
 
-    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
-        loop.call_soon_threadsafe(reading.set)
-        assert may_end.wait(DEADLINE_S)
-        return preadv(fd, buffers, offset)
 
+class Hung:
+    """A filesystem that does not answer `preadv` until it `may_end`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reading, self.may_end, self.ended = asyncio.Event(), threading.Event(), threading.Event()
+        self.fds = set[int]()
+        self._loop, self._preadv = asyncio.get_running_loop(), os.preadv
+        monkeypatch.setattr("os.preadv", self.read)
+
+    def read(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        self._loop.call_soon_threadsafe(self.reading.set)
+        assert self.may_end.wait(DEADLINE_S)
+        self.fds.add(os.fstat(fd).st_ino)
+        count = self._preadv(fd, buffers, offset)
+        self.ended.set()
+        return count
+
+
+async def test_cancelled_read_ends_at_once_and_nothing_is_written_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads cannot be stopped; what it reads into is not the caller's (I6, R5)."""
+    hung = Hung(monkeypatch)
     source, buffer, seen = await open_path(path), bytearray(2 * PIECE_BYTES), list[int]()
-    monkeypatch.setattr("os.preadv", slow)
     read = asyncio.create_task(source.read_into(0, memoryview(buffer), seen.append))
     async with asyncio.timeout(DEADLINE_S):
-        await reading.wait()
+        await hung.reading.wait()
         read.cancel()
-        await asyncio.wait([read], timeout=0)
-        read.cancel()  # twice is no reason to be hasty
-        await asyncio.wait([read], timeout=0)
-        assert not read.done()
-        may_end.set()
         with pytest.raises(asyncio.CancelledError):
             await read
+        hung.may_end.set()
+        assert await asyncio.to_thread(hung.ended.wait, DEADLINE_S)
+        again = bytearray(2 * PIECE_BYTES)
+        await source.read_into(PIECE_BYTES, memoryview(again), lambda count: None)
+    assert again == CONTENT[PIECE_BYTES : 3 * PIECE_BYTES]
     assert seen == []
-    buffer[:] = bytes(len(buffer))
-    await source.aclose()
     assert buffer == bytes(len(buffer))
+    await source.aclose()
+
+
+async def test_a_source_is_closed_though_reads_hang_and_its_file_when_they_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung, source = Hung(monkeypatch), await open_path(path)
+    fd = source._fd
+    assert fd is not None
+    reads = [
+        asyncio.create_task(source.read_into(n, memoryview(bytearray(9)), lambda count: None))
+        for n in range(9)
+    ]
+    async with asyncio.timeout(DEADLINE_S):
+        await hung.reading.wait()
+        await source.aclose()
+        ends = await asyncio.gather(*reads, return_exceptions=True)
+        assert [str(end)[-21:] for end in ends] == ["this source is closed"] * 9
+        hung.may_end.set()
+        await until(lambda: not os.path.exists(f"/proc/self/fd/{fd}"))
+    assert hung.fds == {os.stat(path).st_ino}, "a number that is somebody else's by then is not read"
+
+
+async def test_what_hangs_is_an_error_after_read_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening, opening later, and a read; a thread that comes back late takes no descriptor along."""
+    settings, may_end = RemoteSettings.model_validate({"read_timeout": "100ms"}), threading.Event()
+    pin = (await open_path(path)).identity
+    source, later = (
+        await open_source(path.as_uri(), settings),
+        await open_source(path.as_uri(), settings, pin=pin),
+    )
+    hung, real_open, opened = Hung(monkeypatch), os.open, list[int]()
+
+    def slow_open(name: str, flags: int) -> int:
+        assert may_end.wait(DEADLINE_S)
+        opened.append(real_open(name, flags))
+        return opened[-1]
+
+    monkeypatch.setattr("os.open", slow_open)
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(RemoteUnavailable, match=r"asked for bytes 5-12, but nothing came for 0\.1 s"):
+            await source.read_into(5, memoryview(bytearray(8)), lambda count: None)
+        with pytest.raises(RemoteUnavailable, match=r"could not be opened within 0\.1 s"):
+            await later.read_into(5, memoryview(bytearray(8)), lambda count: None)
+        with pytest.raises(RemoteUnavailable, match=r"could not be opened within 0\.1 s"):
+            await open_source(path.as_uri(), settings)
+        hung.may_end.set()
+        may_end.set()
+        await until(lambda: len(opened) == 2)
+        await until(lambda: not any(os.path.exists(f"/proc/self/fd/{fd}") for fd in opened))
+    await source.aclose()
+    await later.aclose()
+
+
+HANGS = """
+import asyncio, os, sys, threading
+from tierblk.remote.file import open_file
+
+async def main():
+    source, reading, loop = await open_file(sys.argv[1]), asyncio.Event(), asyncio.get_running_loop()
+
+    def hang(*arguments):
+        loop.call_soon_threadsafe(reading.set)
+        threading.Event().wait()
+
+    os.preadv = hang
+    read = asyncio.create_task(source.read_into(0, memoryview(bytearray(9)), print))
+    await reading.wait()
+    read.cancel()
+    await asyncio.wait([read])
+    await source.aclose()
+
+asyncio.run(main())
+"""
+
+
+def test_a_read_that_hangs_does_not_keep_the_process(path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS, path.as_uri()], timeout=DEADLINE_S, cwd=ROOT)
+    assert done.returncode == 0
