@@ -217,7 +217,9 @@ class Race:
             assert self._task is not None
             if self._task.cancelling() > cancelling:
                 raise
-            raise Replaced from None  # it stalled, and _look ended it
+            # It stalled, and _look ended it. The first one's failure counts, or a source that is silent for
+            # good would be asked for ever.
+            raise (error or Replaced) from None
         except RemoteMismatch as wrong:
             raise (error or wrong) from None
         if self._job.missing_bytes:
