@@ -49,10 +49,10 @@ class Source(Protocol):
     async def read_into(self, offset_bytes: int, buffer: memoryview, progress: Progress) -> None:
         """Fill the whole buffer with the bytes from offset_bytes on, which must lie inside the source.
 
-        progress(n) says that the first n bytes of the buffer are there and passed every check (I6); n only
-        grows within one call. It is called from the loop and must not raise. Once this returned or raised, be
-        it CancelledError, nothing writes to the buffer any more. Raises RemoteUnavailable (the same read may
-        work later) or RemoteRefused (it will not).
+        progress(n) says that the first n bytes of the buffer are there, passed every check (I6) and are not
+        written again (R5); n only grows within one call. It is called from the loop and must not raise. Once
+        this returned or raised, be it CancelledError, nothing writes to the buffer any more. Raises
+        RemoteUnavailable (the same read may work later) or RemoteRefused (it will not).
         """
 
     async def aclose(self) -> None:

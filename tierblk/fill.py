@@ -3,13 +3,14 @@ page.
 
 The engine sends one MISS per block until its FILLED (I7), so single flight needs nothing here.
 Neighbouring misses become one window, fetched into one run of staging memory; each page is passed on
-(FILL) as soon as it has come, so that a reader waits for its own pages and not for the window. A run is
-lent again only when its fetch has ended and every block of it is FILLED: then neither the network nor the
-engine can touch it (R5).
+(FILL) as soon as it has come, so that a reader waits for its own pages and not for the window. A place is
+lent again only when its block is FILLED and complete, or the fetch has ended: then neither the network nor
+the engine can touch it (R5).
 
 How much is fetched beyond what was asked is decided in readahead.py. What is fetched ahead comes back
 from the engine as misses that nobody waits for; when somebody does (WAITED), the fetch is as urgent as
-any.
+any. When the last one who waited has left (LEFT), it is fetched ahead again, or given up if the remote is in
+trouble: what nobody waits for holds no place through an outage.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tierblk.core import (
     FILL_WHOLE_MORE,
     FILLED,
     GIVE_UP,
+    LEFT,
     MISS,
     PAGE_BYTES,
     PAGES_PER_BLOCK,
@@ -55,6 +57,9 @@ _CACHE_SHARE = 16
 _EDGES = 1 | 1 << (PAGES_PER_BLOCK - 1)
 """The first and the last page of a block."""
 
+_LOOK_S = 1.0
+"""How often the remote of what nobody waits for any more is looked at."""
+
 _IDLE_S = 5.0
 """With nothing fetched for so long, staging memory is given back to the system."""
 
@@ -76,6 +81,9 @@ class Fills:
         self._asked: list[Record] = []  # misses that are not planned yet
         self._windows: dict[int, Window | None] = {}  # by token; None: not planned, or refused
         self._tasks: dict[asyncio.Task[None], Window] = {}
+        self._places: list[int] = []  # to be given back at the end of a batch, in as few runs as they make
+        self._left: set[Window] = set()  # those that nobody waits for any more
+        self._looker: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._trimmer: asyncio.TimerHandle | None = None
         self.slot_write_failure: str | None = None
@@ -96,11 +104,18 @@ class Fills:
                 self.miss(misses)
                 misses = []
                 self.waited(event)
+            elif event.kind == LEFT:
+                self.miss(misses)
+                misses = []
+                self.left(event)
             elif event.kind == READ_ON:
                 self.read_on(event)
             else:
                 rest.append(event)
         self.miss(misses)
+        self._give_places()
+        if any(event.kind == FILLED for event in events):
+            self._look_idle()
         return rest
 
     def miss(self, events: Sequence[Record]) -> None:
@@ -124,13 +139,47 @@ class Fills:
         """A WAITED event: a fill that was begun for nobody has somebody who waits."""
         window = self._windows.get(event.token)
         if window is None:
-            for i, asked in enumerate(self._asked):
-                if asked.token == event.token:
-                    self._asked[i] = asked._replace(result=0)
-        elif window.is_ahead:
+            self._ask_again(event.token, ahead=False)
+            return
+        window.waited.add(event.block)
+        self._left.discard(window)
+        if window.is_ahead:
             window.ticket.priority = Priority.DEMAND
             if window.first_place is None:
                 self._pool.hurry(window)
+
+    def left(self, event: Record) -> None:
+        """A LEFT event: nobody waits any more for a fill that somebody waited for."""
+        window = self._windows.get(event.token)
+        if window is None:
+            self._ask_again(event.token, ahead=True)
+            return
+        window.waited.discard(event.block)
+        if window.waited or not window.fetching:
+            return
+        window.ticket.priority = Priority.READAHEAD
+        self._left.add(window)
+        self._look_at_left()
+
+    def _look_at_left(self) -> None:
+        """Gives up what nobody waits for any more, if it has no place yet or its remote is in trouble; and
+        looks again later, for trouble is noticed after a while."""
+        if self._looker is not None:
+            self._looker.cancel()
+        for window in list(self._left):
+            if window.first_place is None or window.base.health()["state"] != "ok":
+                self._left.discard(window)
+                window.given_up = True
+                assert window.task is not None
+                window.task.cancel()
+        later = asyncio.get_running_loop().call_later
+        self._looker = later(_LOOK_S, self._look_at_left) if self._left else None
+
+    def _ask_again(self, token: int, *, ahead: bool) -> None:
+        """A miss that is not planned yet is another now."""
+        for i, asked in enumerate(self._asked):
+            if asked.token == token:
+                self._asked[i] = asked._replace(result=int(ahead))
 
     def read_on(self, event: Record) -> None:
         """A READ_ON event: a reader has come to what was fetched ahead of it."""
@@ -148,9 +197,19 @@ class Fills:
                 self._slot_write_failed(-event.result)
             elif event.result == 0 and event.pages:
                 self.slot_write_failure = None
-            window.open -= 1
-            self._release(window)
-        self._look_idle()
+            if window.first_place is not None:
+                place = window.first_place + event.block - window.blocks.start
+                places = self._places if window.may_lend_again(event.block) else window.kept_places
+                places.append(place)
+
+    def _give_places(self) -> None:
+        """Places that are free again, neighbours together."""
+        places, self._places = sorted(self._places), []
+        begin = 0
+        for i in range(1, len(places) + 1):
+            if i == len(places) or places[i] != places[i - 1] + 1:
+                self._pool.give(places[begin], i - begin)
+                begin = i
 
     # -- stopping ---
 
@@ -191,6 +250,9 @@ class Fills:
 
     def close(self) -> None:
         """No timer is left behind; the engine may go."""
+        if self._looker is not None:
+            self._looker.cancel()
+            self._looker = None
         if self._trimmer is not None:
             self._trimmer.cancel()
             self._trimmer = None
@@ -246,6 +308,7 @@ class Fills:
         for token in window.tokens:
             self._windows[token] = window
         task = asyncio.create_task(self._fetch(window), name=f"fetch {window.blocks}")
+        window.task = task
         self._tasks[task] = window  # asyncio itself holds tasks weakly
         task.add_done_callback(self._done)
 
@@ -254,14 +317,24 @@ class Fills:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a fetch died of a bug: %r", error, exc_info=error)
         window.fetching = False
+        self._left.discard(window)
         self._fail_rest(window, EIO)  # a task that was cancelled before its first step has told nobody
-        self._release(window)
+        self._places += window.kept_places
+        window.kept_places = []
+        self._give_places()
+
+    async def _take_place(self, window: Window) -> int:
+        """The first place of its run; what has no room there becomes a window of its own."""
+        run = None if window.is_ahead else self._pool.try_take(len(window.blocks))
+        if run is None:
+            run = await self._pool.take(len(window.blocks), ahead=window.is_ahead, owner=window)
+        first, count = run
+        if count < len(window.blocks):
+            self._start(window.split(count))
+        return first
 
     async def _fetch(self, window: Window) -> None:
-        place = None if window.is_ahead else self._pool.try_take(len(window.blocks))
-        if place is None:
-            place = await self._pool.take(len(window.blocks), ahead=window.is_ahead, owner=window)
-        window.first_place = place
+        window.first_place = place = await self._take_place(window)
         at = place * BLOCK_BYTES + window.first_page % PAGES_PER_BLOCK * PAGE_BYTES
         buffer = self._engine.staging[at : at + window.length_bytes]
         base = window.base
@@ -338,15 +411,11 @@ class Fills:
                 FAIL,
                 token=window.tokens[block - window.blocks.start],
                 result=-errno,
-                pages=int(ask_anew or window.is_ahead),  # a reader whose WAITED is still on its way
+                # Whoever came meanwhile looks again.
+                pages=int(ask_anew or window.is_ahead or window.given_up),
             )
             for block in sorted(rest)
         )
-
-    def _release(self, window: Window) -> None:
-        if window.open == 0 and not window.fetching and window.first_place is not None:
-            self._pool.give(window.first_place, len(window.blocks))
-            window.first_place = None
 
     def _slot_write_failed(self, errno: int) -> None:
         reason = f"writing to the cache failed with errno {errno}: what is fetched is not kept"

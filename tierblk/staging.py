@@ -6,15 +6,21 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 
-_Waiter = tuple[int, asyncio.Future[int], object]  # count, its place, owner
+PIECE_BLOCKS = 16
+"""What is waited for takes a shorter run than it wants, if that is what there is and so much is free: 1 MiB
+at least is asked for in one piece, and places that somebody holds for long, here and there, block nobody."""
+
+_Waiter = tuple[int, asyncio.Future[tuple[int, int]], object]  # count, its run, owner
 
 
 class StagingPool:
-    """`blocks` places for one block each. First fit; those who wait are served in order, so a large run is
-    not starved by small ones, but those that somebody waits for come before those that are fetched ahead.
+    """`blocks` places for one block each. First fit, else the longest run that there is; those who wait are
+    served in order, but those that somebody waits for come before those that are fetched ahead.
 
-    Readahead may not take the last quarter: a reader that jumps does not wait for what nobody reads yet."""
+    Readahead gets the run that it asks for or none, and may not take the last quarter: a reader that jumps
+    does not wait for what nobody reads yet."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
@@ -32,19 +38,20 @@ class StagingPool:
         """The most that one run of readahead can have."""
         return self.blocks - self.blocks // 4
 
-    def try_take(self, count: int) -> int | None:
-        """The first place of a run of `count` for somebody who waits, if nobody else waits already."""
+    def try_take(self, count: int) -> tuple[int, int] | None:
+        """A run (first place, length) of at most `count` for somebody who waits, if nobody else waits
+        already."""
         if not 1 <= count <= self.blocks:
             raise ValueError(f"{count} blocks of staging memory out of {self.blocks}")
-        return None if self._demand else self._cut(count)
+        return None if self._demand else self._cut_some(count)
 
-    async def take(self, count: int, *, ahead: bool = False, owner: object = None) -> int:
-        """The first place of a run of `count`; waits until there is one. 1 <= count <= blocks, or
-        ahead_blocks. owner: what `hurry` calls it."""
+    async def take(self, count: int, *, ahead: bool = False, owner: object = None) -> tuple[int, int]:
+        """A run (first place, length); waits until there is one. For readahead of `count`, else of at most so
+        many. 1 <= count <= blocks, or ahead_blocks. owner: what `hurry` calls it."""
         most = self.ahead_blocks if ahead else self.blocks
         if not 1 <= count <= most:
             raise ValueError(f"{count} blocks of staging memory out of {most}")
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         waiting = self._ahead if ahead else self._demand
         entry = (count, future, owner)
         waiting.append(entry)
@@ -53,7 +60,7 @@ class StagingPool:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
-                self.give(future.result(), count)  # it came while we were being cancelled
+                self.give(*future.result())  # it came while we were being cancelled
             else:
                 for queue in (self._ahead, self._demand):
                     if entry in queue:  # a `give` since then may have struck it off
@@ -83,27 +90,36 @@ class StagingPool:
         self._free.insert(i, (first, count))
         self._serve()
 
-    def _cut(self, count: int) -> int | None:
+    def _cut(self, count: int) -> tuple[int, int] | None:
         for i, (first, length) in enumerate(self._free):
             if length >= count:
                 rest = [(first + count, length - count)] if length > count else []
                 self._free[i : i + 1] = rest
                 self._free_blocks -= count
-                return first
+                return first, count
         return None
 
-    def _serve(self) -> None:
-        if self._serve_queue(self._demand, 0):
-            self._serve_queue(self._ahead, self.blocks // 4)
+    def _cut_some(self, count: int) -> tuple[int, int] | None:
+        if self._free_blocks < min(count, PIECE_BLOCKS):
+            return None
+        return self._cut(min(count, max(length for _, length in self._free)))
 
-    def _serve_queue(self, queue: deque[_Waiter], spare_blocks: int) -> bool:
+    def _cut_ahead(self, count: int) -> tuple[int, int] | None:
+        return self._cut(count) if self._free_blocks - count >= self.blocks // 4 else None
+
+    def _serve(self) -> None:
+        if self._serve_queue(self._demand, self._cut_some):
+            self._serve_queue(self._ahead, self._cut_ahead)
+
+    @staticmethod
+    def _serve_queue(queue: deque[_Waiter], cut: Callable[[int], tuple[int, int] | None]) -> bool:
         """Whether nobody of the queue waits any more."""
         while queue:
             count, future, _ = queue[0]
             if not future.done():
-                first = self._cut(count) if self._free_blocks - count >= spare_blocks else None
-                if first is None:
+                run = cut(count)
+                if run is None:
                     return False
-                future.set_result(first)
+                future.set_result(run)
             queue.popleft()
         return True

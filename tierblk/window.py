@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,8 @@ class Span:
 
 
 class Window:
-    """Pages that one fetch brings. `open` counts blocks whose FILLED has not come; `unfilled` are those that
-    are not complete yet."""
+    """Pages that one fetch brings. `unfilled` are blocks that are not complete yet; `waited` those that
+    somebody waits for, as far as the engine has told."""
 
     def __init__(self, base: Base, span: Span) -> None:
         self.base = base
@@ -46,17 +47,44 @@ class Window:
         self.start_bytes = span.first_page * PAGE_BYTES
         self.length_bytes = min(span.stop_page * PAGE_BYTES, span.size_bytes) - self.start_bytes
         self.ticket = Ticket(Priority.READAHEAD if span.ahead else Priority.DEMAND)
-        self.open = len(self.blocks)
         self.unfilled = set(self.blocks)
+        self.waited = set() if span.ahead else set(self.blocks)
         self.failed: set[int] = set()
         self.first_place: int | None = None
+        self.kept_places: list[int] = []  # of blocks that ended while the fetch may still write there
         self.passed_pages = 0
         self.fetching = True
+        self.task: asyncio.Task[None] | None = None
+        self.given_up = False  # the task was cancelled because nobody waited
+        self._size_bytes = span.size_bytes
 
     @property
     def is_ahead(self) -> bool:
         """Whether nobody waits for it (yet)."""
         return self.ticket.priority is Priority.READAHEAD
+
+    def split(self, count: int) -> Window:
+        """Keeps its first `count` blocks; the window of the others. While it has no place."""
+        rest = Window(
+            self.base,
+            Span(
+                (self.blocks.start + count) * PAGES_PER_BLOCK,
+                self.stop_page,
+                self.tokens[count:],
+                self._size_bytes,
+                self.is_ahead,
+            ),
+        )
+        rest.waited &= self.waited
+        self.stop_page, self.length_bytes = rest.first_page, rest.start_bytes - self.start_bytes
+        self.tokens, self.blocks = self.tokens[:count], self.blocks[:count]
+        self.unfilled, self.waited = set(self.blocks), self.waited & set(self.blocks)
+        return rest
+
+    def may_lend_again(self, block: int) -> bool:
+        """Whether the network is done with a block's place: its bytes are complete, or the fetch has ended
+        (R5)."""
+        return not self.fetching or (block not in self.unfilled and block not in self.failed)
 
 
 def plan(

@@ -23,13 +23,9 @@ from tierblk.core import (
     ENTRIES_PER_ROW,
     EVICT,
     EVICTED,
-    FILLED,
-    MISS,
     NEED_SPACE,
     PAGE_BYTES,
     PAGES_PER_BLOCK,
-    READ_ON,
-    WAITED,
     Engine,
     LocalDoor,
     Record,
@@ -108,22 +104,11 @@ class ReadPath:
     # -- the daemon's part ---
 
     def _on_events(self) -> None:
-        misses: list[Record] = []
-        for event in self.engine.poll():
-            if event.kind == MISS:
-                misses.append(event)
-            elif event.kind == FILLED:
-                self.fills.filled(event)
-            elif event.kind == WAITED:
-                self.fills.waited(event)
-            elif event.kind == READ_ON:
-                self.fills.read_on(event)
-            elif event.kind == NEED_SPACE:
+        for event in self.fills.take(self.engine.poll()):
+            if event.kind == NEED_SPACE:
                 self.engine.push([Record(EVICT, value=max(1, self.engine.slot_count // 8))])
             elif event.kind == EVICTED:
                 self._commit()
-        if misses:
-            self.fills.miss(misses)
 
     def _commit(self) -> None:
         """Slots that were freed may be used again (R6); there is no index that could forget them."""

@@ -31,6 +31,7 @@ from tierblk.core import (
     FILL_WHOLE_MORE,
     FILLED,
     GIVE_UP,
+    LEFT,
     MISS,
     NEED_SPACE,
     PAGE_BYTES,
@@ -203,6 +204,11 @@ class Daemon:
                 assert ask.ahead, f"said twice, or of no readahead: {event}"
                 assert ask.record.token == event.token, event
                 ask.ahead = False
+            elif event.kind == LEFT:
+                ask = self.asked[self.names[event.layer], event.block]
+                assert not ask.ahead, f"said twice, or of readahead that nobody came to: {event}"
+                assert ask.record.token == event.token, event
+                ask.ahead = True
             elif event.kind == READ_ON:
                 self.marks.remove((self.names[event.layer], event.block))  # told of once
             else:

@@ -21,6 +21,7 @@ ENTRIES_PER_ROW: int = lib.TB_ROW_ENTRIES
 ROW_BYTES: int = lib.TB_ROW_BYTES
 MAP_HEADER_BYTES: int = lib.TB_MAP_HEADER_BYTES
 MAX_LAYERS: int = lib.TB_MAX_LAYERS
+MAX_TAGS: int = lib.TB_MAX_TAGS
 
 MISS: int = lib.TB_EV_MISS
 FILLED: int = lib.TB_EV_FILLED
@@ -28,6 +29,7 @@ NEED_SPACE: int = lib.TB_EV_NEED_SPACE
 EVICTED: int = lib.TB_EV_EVICTED
 WAITED: int = lib.TB_EV_WAITED
 READ_ON: int = lib.TB_EV_READ_ON
+LEFT: int = lib.TB_EV_LEFT
 FILL: int = lib.TB_CMD_FILL
 FAIL: int = lib.TB_CMD_FAIL
 EVICT: int = lib.TB_CMD_EVICT

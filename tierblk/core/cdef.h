@@ -18,6 +18,7 @@
 #define TB_EV_EVICTED 4
 #define TB_EV_WAITED 5
 #define TB_EV_READ_ON 6
+#define TB_EV_LEFT 7
 
 /* Commands, Python to engine. */
 #define TB_CMD_FILL 1

@@ -203,10 +203,12 @@ struct tb_engine {
     tb_ring events, commands;
     tb_fill *miss_inbox, *attention_inbox;
     tb_note notes[TB_NOTES], *note_free, *note_inbox;
+    tb_req *starved, *hungry, **hungry_end; /* requests that found no fill: a stack for all, the filler's list */
     uint32_t drain_scan, filler_quit, need_space_told;
     uint32_t impatient; /* doors whose patience ends some time */
     uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
     tb_run runs[TB_OPEN_RUNS];
+    tb_fill *pending, **pending_end; /* whole runs one after the other, until the disk may have them */
     uint32_t write_failures, paused_ms, pause_ms, writing_blocks, oldest_write_ms;
     uint64_t evict_wanted, evict_done, evict_steps;
     uint32_t writes_inflight;
@@ -307,12 +309,15 @@ void tb_tell_misses(tb_engine *engine);
 void tb_free_leavers(tb_engine *engine);
 void tb_give_up(tb_engine *engine, tb_fill *fill, int result);
 void tb_tick(tb_engine *engine);
+bool tb_may_feed(tb_engine *engine);
+void tb_feed(tb_engine *engine, bool all);
 uint32_t tb_now_ms(void);
 
 /* write.c */
 void tb_write_add(tb_engine *engine, tb_fill *fill, bool more);
 void tb_write_gap(tb_engine *engine, uint64_t staging_offset);
 void tb_write_flush(tb_engine *engine, uint32_t age_ms);
+void tb_write_turn(tb_engine *engine);
 void tb_write_done(tb_engine *engine, tb_fill *fill, int result, uint32_t expected);
 void tb_run_done(tb_engine *engine, tb_fill *first, int result);
 

@@ -38,6 +38,7 @@ int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t stagi
     rc = rc ? rc : tb_ring_init(&e->commands);
     if (!rc) {
         madvise(e->staging, staging_bytes, MADV_DONTFORK);
+        e->pending_end = &e->pending;
         tb_wait_init(e);
     }
     if (rc) {

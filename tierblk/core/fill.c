@@ -23,7 +23,8 @@ int tb_fills_init(tb_engine *e)
     return 0;
 }
 
-/* Under the block's stripe lock. NULL when all are in use: more blocks are being filled than there are tags. */
+/* Under the block's stripe lock. NULL when all are in use: there are more of them than tags, but a fill may outlast its
+ * readers' patience. */
 tb_fill *tb_fill_begin(tb_layer *layer, uint64_t block, uint16_t want)
 {
     tb_engine *e = layer->engine;

@@ -147,7 +147,7 @@ static void tell_notes(tb_engine *e)
 
 static bool has_work(tb_engine *e)
 {
-    return e->evict_wanted || __atomic_load_n(&e->miss_inbox, __ATOMIC_SEQ_CST) || __atomic_load_n(&e->attention_inbox, __ATOMIC_SEQ_CST) ||
+    return e->evict_wanted || tb_may_feed(e) || __atomic_load_n(&e->miss_inbox, __ATOMIC_SEQ_CST) || __atomic_load_n(&e->attention_inbox, __ATOMIC_SEQ_CST) ||
            __atomic_load_n(&e->note_inbox, __ATOMIC_SEQ_CST) || __atomic_load_n(&e->drain_scan, __ATOMIC_SEQ_CST);
 }
 
@@ -178,14 +178,19 @@ void *tb_filler_main(void *argument)
         tell_notes(e);
         if (__atomic_exchange_n(&e->drain_scan, 0, __ATOMIC_SEQ_CST))
             tb_free_leavers(e);
+        if (tb_may_feed(e))
+            tb_feed(e, false);
         if (e->evict_wanted)
             tb_evict_turn(e);
         tb_tick(e);
+        tb_write_turn(e);
         if (__atomic_load_n(&e->events.head, __ATOMIC_ACQUIRE) != e->events.tail)
             tb_ring_kick(&e->events); /* once per turn, not per record: 8 times cheaper (core.md, 2) */
         bool quit = __atomic_load_n(&e->filler_quit, __ATOMIC_ACQUIRE);
-        if (quit)
+        if (quit) {
             tb_write_flush(e, 0);
+            tb_write_turn(e);
+        }
         if (quit && !e->writes_inflight)
             break;
         bool idle = tb_ring_arm(&e->commands) && !busy && !has_work(e) && !(__atomic_load_n(&e->filler_quit, __ATOMIC_SEQ_CST) && !quit);

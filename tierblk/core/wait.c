@@ -22,6 +22,7 @@ void tb_wait_init(tb_engine *e)
         e->notes[i].next = e->note_free;
         e->note_free = &e->notes[i];
     }
+    e->hungry_end = &e->hungry;
     e->beat_ms = e->tick_ms = e->now_ms = tb_now_ms();
 }
 
@@ -54,6 +55,59 @@ static void ask(tb_engine *e, tb_fill *fill)
     tb_filler_wake(e);
 }
 
+static bool is_out_of_patience(const tb_req *req, uint32_t now_ms)
+{
+    uint32_t patience_ms = TB_LOAD(&req->queue->patience_ms);
+    return patience_ms != 0 && patience_ms != UINT32_MAX && (int32_t)(now_ms - req->since_ms) >= 0 && now_ms - req->since_ms >= patience_ms;
+}
+
+static void begin_wait(tb_req *req)
+{
+    req->missed = 1;
+    if (!req->since_ms)
+        __atomic_store_n(&req->since_ms, tb_now_ms(), __ATOMIC_RELAXED); /* tb_door_stats looks */
+    TB_ADD(&req->queue->stats.waiting, 1);
+}
+
+/* All fills are in use, by blocks that nobody waits for any more: their fetches end soon, and then this looks again. */
+static void starve(tb_engine *e, tb_req *req)
+{
+    begin_wait(req);
+    tb_req *head = TB_LOAD(&e->starved);
+    do
+        req->next = head;
+    while (!__atomic_compare_exchange_n(&e->starved, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    tb_filler_wake(e);
+}
+
+/* Filler: whether somebody starves and there is a fill for him. */
+bool tb_may_feed(tb_engine *e)
+{
+    return (e->hungry || __atomic_load_n(&e->starved, __ATOMIC_SEQ_CST)) && TB_LOAD(&e->fills_active) < TB_MAX_FILLS;
+}
+
+/* Filler: as many as there are fills look again, the first come first; or all, whatever there is. */
+void tb_feed(tb_engine *e, bool all)
+{
+    tb_req *stack = __atomic_exchange_n(&e->starved, NULL, __ATOMIC_SEQ_CST), *oldest = NULL;
+    while (stack) {
+        tb_req *next = stack->next;
+        stack->next = oldest;
+        oldest = stack;
+        stack = next;
+    }
+    *e->hungry_end = oldest;
+    while (*e->hungry_end)
+        e->hungry_end = &(*e->hungry_end)->next;
+    for (uint32_t room = all ? UINT32_MAX : TB_MAX_FILLS - TB_LOAD(&e->fills_active); e->hungry && room; room--) {
+        tb_req *req = e->hungry;
+        e->hungry = req->next;
+        tb_queue_hand_back(req);
+    }
+    if (!e->hungry)
+        e->hungry_end = &e->hungry;
+}
+
 /* Under the stripe lock, which it gives back: the request waits for a fill of its block (I7: the one that runs, or a
  * new one). Draining and leaving are looked at under the lock, see tb_door_drain. */
 void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing)
@@ -62,11 +116,16 @@ void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing)
     tb_layer *layer = queue->base;
     tb_engine *e = layer->engine;
     tb_entry *entry = &layer->entries[req->block];
-    bool first = !entry->fill, look = false;
+    bool first = !entry->fill, look = false, drains = __atomic_load_n(&queue->draining, __ATOMIC_SEQ_CST);
     tb_fill *fill = NULL;
     int failure = -EIO;
-    if (!__atomic_load_n(&queue->draining, __ATOMIC_SEQ_CST))
+    if (!drains)
         fill = first ? tb_fill_begin(layer, req->block, missing) : &e->fills[entry->fill - 1];
+    if (!drains && !fill && !(req->since_ms && is_out_of_patience(req, tb_now_ms()))) {
+        tb_lock_give(stripe);
+        starve(e, req);
+        return;
+    }
     /* What is staged already is given out whatever the remote does. */
     if (fill && fill->gave_up && TB_LOAD(&queue->patience_ms) == 0 &&
         (missing & (uint16_t)~__atomic_load_n(&fill->staged, __ATOMIC_RELAXED))) {
@@ -92,10 +151,7 @@ void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing)
         if (look)
             call_attention(e, fill);
     }
-    req->missed = 1;
-    if (!req->since_ms)
-        __atomic_store_n(&req->since_ms, tb_now_ms(), __ATOMIC_RELAXED); /* tb_door_stats looks */
-    TB_ADD(&queue->stats.waiting, 1);
+    begin_wait(req);
     append(fill, req); /* from here to the hand-back the request is the filler's */
     tb_lock_give(stripe);
     if (first)
@@ -114,7 +170,7 @@ void tb_attend(tb_engine *e)
         __atomic_store_n(&fill->attention, 0, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&fill->state, __ATOMIC_ACQUIRE) == FILL_FREE)
             continue;
-        if (__atomic_exchange_n(&fill->waited, 0, __ATOMIC_SEQ_CST))
+        if (__atomic_exchange_n(&fill->waited, 0, __ATOMIC_SEQ_CST) && !TB_LOAD(&fill->ahead)) /* else he has left again */
             tb_say(e, (tb_record){.kind = TB_EV_WAITED, .layer = fill->layer->id, .token = fill->token, .block = fill->block});
         if (fill->staged)
             tb_fill_put(e, fill);
@@ -136,11 +192,12 @@ void tb_tell_misses(tb_engine *e)
         tb_lock_take(stripe);
         fill->told = 1;
         uint16_t want = fill->want;
+        int ahead = fill->ahead; /* everybody has left again */
         tb_head head = fill->layer->entries[fill->block].head;
         tb_lock_give(stripe);
         uint16_t missing = tb_valid_pages(fill->layer, fill->block) & (uint16_t)~(head.cached | head.zero);
         tb_say(e, (tb_record){.kind = TB_EV_MISS, .layer = fill->layer->id, .token = fill->token, .block = fill->block,
-                              .value = missing, .pages = want});
+                              .value = missing, .result = ahead, .pages = want});
     }
 }
 
@@ -168,6 +225,13 @@ void tb_touched(tb_layer *layer, uint64_t block)
 
 typedef bool (*parting)(const tb_req *req, const tb_fill *fill, uint32_t now_ms, int *result);
 
+/* Readers may come and go while Python says nothing. What is not said is as if somebody still waited; the ring keeps room
+ * for what must be: a MISS, a FILLED and a WAITED of each fill. */
+static bool may_say_left(const tb_engine *e)
+{
+    return e->events.tail - __atomic_load_n(&e->events.head, __ATOMIC_RELAXED) < TB_RING_RECORDS / 8;
+}
+
 /* Takes those off a fill's list whom `leaves` names, and hands them back with its result. Returns how many. */
 static uint32_t part(tb_engine *e, tb_fill *fill, parting leaves)
 {
@@ -189,7 +253,12 @@ static uint32_t part(tb_engine *e, tb_fill *fill, parting leaves)
         gone_end = &req->next;
     }
     fill->parked_end = link;
+    bool left = gone && !fill->parked && !fill->ahead && TB_LOAD(&fill->state) == FILL_ASKED && may_say_left(e);
+    if (left)
+        fill->ahead = 1; /* until somebody comes again */
     tb_lock_give(stripe);
+    if (left && fill->told)
+        tb_say(e, (tb_record){.kind = TB_EV_LEFT, .layer = fill->layer->id, .token = fill->token, .block = fill->block});
     uint32_t count = 0;
     while (gone) {
         tb_req *req = gone;
@@ -220,14 +289,14 @@ static bool door_leaves(const tb_req *req, const tb_fill *fill, uint32_t now_ms,
 void tb_free_leavers(tb_engine *e)
 {
     part_everywhere(e, door_leaves);
+    tb_feed(e, true);
 }
 
 static bool patience_ends(const tb_req *req, const tb_fill *fill, uint32_t now_ms, int *result)
 {
     (void)fill;
-    uint32_t patience_ms = TB_LOAD(&req->queue->patience_ms);
     *result = -EIO;
-    return patience_ms != 0 && patience_ms != UINT32_MAX && (int32_t)(now_ms - req->since_ms) >= 0 && now_ms - req->since_ms >= patience_ms;
+    return is_out_of_patience(req, now_ms);
 }
 
 static bool is_fail_fast(const tb_req *req, const tb_fill *fill, uint32_t now_ms, int *result)
@@ -271,6 +340,7 @@ void tb_tick(tb_engine *e)
     if (TB_LOAD(&e->impatient)) {
         uint32_t count = part_everywhere(e, patience_ends);
         TB_COUNT(&e->stats.expired, count);
+        tb_feed(e, true);
     }
     tb_write_flush(e, 4 * TB_TICK_MS);
     uint32_t limit_ms = TB_LOAD(&e->watchdog_ms), silent_ms = e->now_ms - TB_LOAD(&e->beat_ms);

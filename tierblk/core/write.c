@@ -8,6 +8,7 @@
 
 #define SLOW_WRITE_MS 500u
 #define FAILURES_BEFORE_PAUSE 4u
+#define KEPT_SHARE 4u /* of the staging memory: what writes under way leave, so that it can be used again at once */
 
 static void want_space(tb_engine *e)
 {
@@ -67,40 +68,94 @@ static void write_pages(tb_engine *e, tb_fill *fill)
     }
 }
 
-/* Gives the run its slots and writes it, in one piece when that many neighbouring slots are free. */
-static void write_run(tb_engine *e, tb_run *run)
+/* Whether it can be part of a run: all of its block, for a slot of its own. */
+static bool may_join(const tb_fill *fill)
 {
-    tb_fill *fill = run->first;
-    uint32_t left = run->blocks;
+    return !fill->slot && fill->writing == (uint16_t)((1u << TB_BLOCK_PAGES) - 1);
+}
+
+/* How many of the pending fills from `fill` on lie in staging memory one behind the other, as one write can take them. */
+static uint32_t neighbours(const tb_fill *fill)
+{
+    uint32_t count = 1;
+    for (const tb_fill *next = fill->next_written; next && count < TB_RUN_BLOCKS; fill = next, next = next->next_written, count++)
+        if (!may_join(next) || next->staging_offset != fill->staging_offset + TB_BLOCK_BYTES)
+            break;
+    return count;
+}
+
+static bool write_alone(tb_engine *e)
+{
+    tb_fill *fill = e->pending;
+    uint32_t got;
+    if (!fill->slot) {
+        fill->slot = tb_slot_take_run(e, 1, &got);
+        fill->new_slot = fill->slot != 0;
+        want_space(e);
+    }
+    if (!fill->slot)
+        return false;
+    e->pending = fill->next_written;
+    fill->next_written = NULL;
+    write_pages(e, fill);
+    return true;
+}
+
+/* Gives the first of the pending fills their slots and writes them, in one piece as far as neighbouring slots are free.
+ * False: there is no slot. */
+static bool write_first(tb_engine *e)
+{
+    if (!may_join(e->pending))
+        return write_alone(e);
+    uint32_t got = 0, slot = tb_slot_take_run(e, neighbours(e->pending), &got);
+    want_space(e);
+    if (!slot)
+        return false;
+    tb_fill *first = e->pending, *fill = first, *last = first;
+    struct io_uring_sqe *sqe = tb_sqe(&e->ring);
+    io_uring_prep_write(sqe, 0, e->staging + first->staging_offset, got * TB_BLOCK_BYTES, (uint64_t)slot * TB_BLOCK_BYTES);
+    sqe->flags |= IOSQE_FIXED_FILE;
+    sqe->user_data = tb_ud(first, UD_RUN_WRITE, 0);
+    TB_COUNT(&e->stats.slot_write_calls, 1);
+    e->writes_inflight++;
+    first->run_blocks = got;
+    for (uint32_t i = 0; i < got; i++, fill = fill->next_written) {
+        fill->slot = slot + i;
+        fill->new_slot = 1;
+        began(e, fill);
+        last = fill;
+    }
+    e->pending = fill;
+    last->next_written = NULL;
+    return true;
+}
+
+/* Filler, once a turn: what is pending goes to the disk, as far as that keeps up. Writes under way hold their staging
+ * memory until they end; the last quarter of it is never theirs, so that with a disk that hangs, which disk_is_no_use finds
+ * out after a moment, there is something left through which reads pass. */
+void tb_write_turn(tb_engine *e)
+{
+    while (e->pending) {
+        bool no_use = disk_is_no_use(e);
+        if (!no_use && (uint64_t)e->writing_blocks * TB_BLOCK_BYTES >= e->staging_bytes - e->staging_bytes / KEPT_SHARE)
+            break;
+        if (!no_use && write_first(e))
+            continue;
+        tb_fill *fill = e->pending;
+        e->pending = fill->next_written;
+        pass_through(e, fill);
+    }
+    if (!e->pending)
+        e->pending_end = &e->pending;
+}
+
+/* It is complete: it goes to the end of what is pending. */
+static void close_run(tb_engine *e, tb_run *run)
+{
+    *e->pending_end = run->first;
+    e->pending_end = run->end;
     run->first = NULL;
     run->blocks = 0;
-    while (fill) {
-        uint32_t got = 0, slot = disk_is_no_use(e) ? 0 : tb_slot_take_run(e, left, &got);
-        want_space(e);
-        if (!slot) {
-            for (tb_fill *next; fill; fill = next) {
-                next = fill->next_written;
-                pass_through(e, fill);
-            }
-            return;
-        }
-        tb_fill *first = fill, *last = fill;
-        struct io_uring_sqe *sqe = tb_sqe(&e->ring);
-        io_uring_prep_write(sqe, 0, e->staging + first->staging_offset, got * TB_BLOCK_BYTES, (uint64_t)slot * TB_BLOCK_BYTES);
-        sqe->flags |= IOSQE_FIXED_FILE;
-        sqe->user_data = tb_ud(first, UD_RUN_WRITE, 0);
-        TB_COUNT(&e->stats.slot_write_calls, 1);
-        e->writes_inflight++;
-        first->run_blocks = got;
-        for (uint32_t i = 0; i < got; i++, fill = fill->next_written) {
-            fill->slot = slot + i;
-            fill->new_slot = 1;
-            began(e, fill);
-            last = fill;
-        }
-        last->next_written = NULL;
-        left -= got;
-    }
 }
 
 static tb_run *open_run(tb_engine *e, uint64_t staging_offset)
@@ -116,7 +171,7 @@ static tb_run *open_run(tb_engine *e, uint64_t staging_offset)
             largest = run;
     }
     if (!empty) {
-        write_run(e, largest);
+        close_run(e, largest);
         empty = largest;
     }
     empty->end = &empty->first;
@@ -128,30 +183,22 @@ static tb_run *open_run(tb_engine *e, uint64_t staging_offset)
 void tb_write_add(tb_engine *e, tb_fill *fill, bool more)
 {
     fill->next_written = NULL;
-    if (fill->slot || fill->writing != (uint16_t)((1u << TB_BLOCK_PAGES) - 1)) {
-        if (disk_is_no_use(e)) {
-            pass_through(e, fill);
-            return;
-        }
-        if (!fill->slot) {
-            uint32_t got;
-            fill->slot = tb_slot_take_run(e, 1, &got);
-            fill->new_slot = fill->slot != 0;
-            want_space(e);
-        }
-        if (fill->slot)
-            write_pages(e, fill);
-        else
-            pass_through(e, fill);
+    if (disk_is_no_use(e)) {
+        pass_through(e, fill);
         return;
     }
     __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* nothing more is taken for it (R5) */
+    if (!may_join(fill)) {
+        *e->pending_end = fill;
+        e->pending_end = &fill->next_written;
+        return;
+    }
     tb_run *run = open_run(e, fill->staging_offset);
     *run->end = fill;
     run->end = &fill->next_written;
     run->next_staging = fill->staging_offset + TB_BLOCK_BYTES;
     if (++run->blocks == TB_RUN_BLOCKS || !more)
-        write_run(e, run);
+        close_run(e, run);
 }
 
 /* The block at this place joins no run: what waits for it waits for nothing any more. */
@@ -159,7 +206,7 @@ void tb_write_gap(tb_engine *e, uint64_t staging_offset)
 {
     for (unsigned i = 0; i < TB_OPEN_RUNS; i++)
         if (e->runs[i].blocks && e->runs[i].next_staging == staging_offset)
-            write_run(e, &e->runs[i]);
+            close_run(e, &e->runs[i]);
 }
 
 /* Runs that are open for so long are written as they are: their neighbours do not come, or not soon. */
@@ -167,7 +214,7 @@ void tb_write_flush(tb_engine *e, uint32_t age_ms)
 {
     for (unsigned i = 0; i < TB_OPEN_RUNS; i++)
         if (e->runs[i].blocks && e->now_ms - e->runs[i].opened_ms >= age_ms)
-            write_run(e, &e->runs[i]);
+            close_run(e, &e->runs[i]);
 }
 
 /* I5: the sums are in the file before the entry says cached, so the commit that names the pages syncs them. */
