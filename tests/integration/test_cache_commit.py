@@ -22,6 +22,7 @@ from tests.cache_rig import (
     index_rows,
 )
 from tierblk.cache import commit as commit_module
+from tierblk.cache.index import Rows
 from tierblk.cache.rows import entries_of
 from tierblk.cache.start import StartMode
 from tierblk.errors import CacheError
@@ -94,6 +95,36 @@ async def test_a_cycle_writes_the_rows_that_changed(rig: CacheRig, tmp_path: Pat
     report = await rig.cache.commit()
     assert (report.rows_written, report.rows_deleted) == (0, 2)
     assert rig.violations() == []
+
+
+async def test_i5_slots_and_sums_are_synced_before_the_transaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the syncs of every day: the other tests have a gate in their place."""
+    steps: list[str] = []
+
+    def noting(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def noted(descriptor: int) -> None:
+            sync(descriptor)
+            steps.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+        return noted
+
+    monkeypatch.setattr(os, "fdatasync", noting(os.fdatasync))
+    monkeypatch.setattr(os, "fsync", noting(os.fsync))
+    rig = await CacheRig.open(tmp_path / "cache", tmp_path / "run")
+    await rig.fill(await rig.base(IMAGE), 0)
+    write_rows = rig.cache._index.write_rows
+
+    def write(rows: Rows) -> tuple[int, int]:
+        steps.append("rows")
+        return write_rows(rows)
+
+    monkeypatch.setattr(rig.cache._index, "write_rows", write)
+    steps.clear()
+    await rig.cache.commit()
+    assert steps == ["slots", "sums", "rows"]
+    await rig.end(clean=False)
 
 
 async def test_many_rows_are_taken_in_batches(

@@ -15,6 +15,7 @@ from tierblk.core import BLOCK_BYTES, FAIL, FILL, Record
 
 _SECTOR = 512
 _READS_MAX = 16
+_FILLS_MAX = 8192  # TB_MAX_FILLS
 ERRNOS = (5, 110, 61)
 
 
@@ -119,8 +120,11 @@ class EngineMachine(RuleBasedStateMachine):
     def answer_with_an_old_token(self, choice: int, kind: int) -> None:
         """R5: a late answer is refused, said so, and changes nothing."""
         daemon = self.world.daemon
-        if daemon.old_tokens:
-            token = daemon.old_tokens[choice % len(daemon.old_tokens)]
+        # If there is one, of a fill whose place in the engine's table another one has now.
+        taken = {ask.record.token % _FILLS_MAX for ask in daemon.asked.values()}
+        tokens = [token for token in daemon.old_tokens if token % _FILLS_MAX in taken] or daemon.old_tokens
+        if tokens:
+            token = tokens[choice % len(tokens)]
             daemon.engine.push(
                 [Record(kind, token=token, value=0, result=1 if kind == FILL else -5, pages=0xFFFF)]
             )

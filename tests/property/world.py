@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from tests.cache_rig import layer_rows, read_superblock
@@ -26,7 +26,6 @@ from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, PAGE_BYTES, crc32c
 from tierblk.errors import CacheError
 
 Known = dict[Place, tuple[int, int]]  # block -> masks of its pages in a slot, and of its pages of zeros
-_READS_MAX = 24
 _SUMS = 64  # bytes a slot
 
 
@@ -41,7 +40,6 @@ class World:
         self._memory = Path(
             tempfile.mkdtemp(prefix="tierblk-test-", dir=memory if memory.is_dir() else self._path)
         )
-        self.pool = ThreadPoolExecutor(_READS_MAX + 8, "read")
         self.host = Host(self._path, self._memory)
         self.known: Known = {}
         self.refused = False  # a sync has failed: this session commits nothing any more (R7)
@@ -49,7 +47,7 @@ class World:
         self.daemon = self._open()
 
     def _open(self) -> Daemon:
-        return Daemon(self.host, self.slots + 1, self.pool, self._dio_align_bytes)
+        return Daemon(self.host, self.slots + 1, self._dio_align_bytes)
 
     def close(self) -> None:
         """The end of a trace: everything under way comes to its end, and the session to a clean one."""
@@ -58,8 +56,11 @@ class World:
             self.finish()
             self.check()
             self.daemon.stop(clean=not self.refused)
+        except BaseException:
+            with suppress(Exception):  # a trace that fails is run again, often: its files and threads go
+                self.daemon.stop(clean=False)
+            raise
         finally:
-            self.pool.shutdown(cancel_futures=True)
             shutil.rmtree(self._path)
             shutil.rmtree(self._memory, ignore_errors=True)
 

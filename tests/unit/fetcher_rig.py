@@ -116,17 +116,21 @@ class PlannedSource:
         memory = id(buffer.obj)
         self.writers[memory] = self.writers.get(memory, 0) + 1
         assert self.writers[memory] == 1, "R5: two reads write to one buffer"
+        came = 0
         try:
             plan = self.answer(asked)
             for after_s, count in plan.steps:
                 await asyncio.sleep(after_s)
-                count = min(count, len(buffer))
+                count = came = min(count, len(buffer))
                 buffer[:count] = CONTENT[asked.offset_bytes : asked.offset_bytes + count]
                 progress(count)
             if isinstance(plan.end, TierblkError):
                 raise plan.end
             if plan.end == "silence":
                 await asyncio.sleep(END_S)
+        except asyncio.CancelledError:
+            buffer[came:] = bytes(len(buffer) - came)  # what it has not vouched for is its own to the end
+            raise
         finally:
             try:
                 await asyncio.sleep(0)  # a cancelled read may need a moment, in which it could still write

@@ -64,6 +64,13 @@ def test_a_new_index(path: Path) -> None:
     assert os.stat(path / "data.mdb").st_mode & 0o777 == 0o600
 
 
+def test_a_change_is_durable_when_it_returns(path: Path) -> None:
+    """Without a power cut only LMDB's own word says so: it syncs pages and header in every transaction."""
+    with opened(path) as index:
+        flags = index._env.flags()
+        assert (flags["sync"], flags["metasync"], flags["writemap"]) == (True, True, False)
+
+
 def test_layers_and_rows_come_back_in_order(path: Path) -> None:
     layers = [record(1), record(2, "http://images.example/b.raw"), record(0x102)]
     rows = {1: {5: row(5), 0: row(0), 2**40: row(1)}, 2: {7: row(7)}, 0x102: {0: row(3)}}

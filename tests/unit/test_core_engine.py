@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 from collections.abc import Iterator
+from errno import EBADF
 from pathlib import Path
 
 import pytest
 
 from tests.engine_rig import Rig, unpack_row
-from tierblk.core import BLOCK_BYTES, PAGE_BYTES, ROW_BYTES, Engine, crc32c
+from tierblk.core import BLOCK_BYTES, MAP_HEADER_BYTES, PAGE_BYTES, ROW_BYTES, Engine, crc32c
 
 TAIL_BYTES = 3 * 512
 IMAGE = random.Random(7).randbytes(40 * BLOCK_BYTES + TAIL_BYTES)
@@ -205,6 +207,20 @@ def test_eviction_never_takes_what_is_being_filled(rig: Rig) -> None:
     assert read.result() == rig.expect(0, BLOCK_BYTES)
 
 
+def test_i3_a_block_with_a_dirty_page_is_never_evicted(rig: Rig) -> None:
+    """Nobody makes a page dirty yet; a row of the index can say so."""
+    rig.finish(*[rig.read(i * BLOCK_BYTES, BLOCK_BYTES) for i in range(3)])
+    rig.commit()
+    rig.stop()
+    row = bytearray(rig.index[0][:-4])
+    row[12 + 4 : 12 + 6] = row[12 + 10 : 12 + 12] = b"\x02\x00"  # the second block: present, dirty
+    rig.index[0] = bytes(row) + crc32c(row).to_bytes(4, "little")
+    rig.start("index")
+    assert rig.evict(3) == 2
+    assert [entry[1:] for entry in rig.entries().values()] == [(2, 0xFFFF, 0, 2)]
+    assert set(rig.entries()) == {1}
+
+
 def test_kill_and_warm_start_refetch_nothing(rig: Rig) -> None:
     rig.finish(*[rig.read(i * BLOCK_BYTES, BLOCK_BYTES) for i in range(12)])
     held = rig.entries()
@@ -308,6 +324,35 @@ def test_a_failing_slot_is_given_up_and_read_from_the_remote(rig: Rig) -> None:
     assert rig.door.stats()["slot_errors"] == 1
     assert rig.engine.stats()["bad"] == 1
     assert rig.entries()[bad_block][0] != bad_slot
+
+
+def test_r2_a_slot_that_fails_stays_with_its_block_while_others_read_it(rig: Rig) -> None:
+    """A slot read takes microseconds, so the count is put into the map as another read would have put it
+    there."""
+    rig.finish(*[rig.read(i * BLOCK_BYTES, BLOCK_BYTES) for i in range(4)])
+    slot, block = max((entry[0], block) for block, entry in rig.entries().items())
+    os.truncate(rig.slots_path, slot * BLOCK_BYTES)
+    with rig.map_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as entries:
+        readers_at = MAP_HEADER_BYTES + block * 32 + 20
+        entries[readers_at] += 1
+        read = rig.read(block * BLOCK_BYTES, BLOCK_BYTES)
+        rig.finish(read)
+        entries[readers_at] -= 1
+    assert read.result() == rig.expect(block * BLOCK_BYTES, BLOCK_BYTES)
+    assert rig.entries()[block][0] == slot
+    assert rig.engine.stats()["bad"] == 0
+
+
+def test_i5_a_block_whose_sums_cannot_be_stored_is_not_cached(rig: Rig) -> None:
+    read_only = os.open(rig.sums_path, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(read_only, rig._fds[1], inheritable=False)
+    os.close(read_only)
+    read = rig.read(0, BLOCK_BYTES)
+    rig.finish(read)
+    assert read.result() == rig.expect(0, BLOCK_BYTES)
+    assert [(event.result, event.pages) for event in rig.results] == [(-EBADF, 0)]
+    assert rig.entries() == {}
+    assert rig.engine.free_slots() == rig.slots - 1
 
 
 def test_take_changed_gives_every_row_once(tmp_path: Path) -> None:

@@ -85,6 +85,32 @@ def test_i12_a_size_that_no_file_has_is_refused(rig: Rig, size_bytes: int) -> No
         rig.engine.open_layer(2, rig._fds[2], size_bytes)
 
 
+def test_r6_a_row_that_changes_while_it_is_taken_is_taken_again(tmp_path: Path) -> None:
+    """Blocks of a row are filled, two right behind one another, while another thread takes what has changed
+    without a pause: the last copy of the row is always what the map says."""
+    rig = Rig(tmp_path, bytes(64 * 64 * BLOCK_BYTES), 8)
+    copies: dict[int, bytes] = {}
+    taking, over = threading.Lock(), threading.Event()
+
+    def take() -> None:
+        while not over.is_set():
+            with taking:
+                copies.update(rig.layer.take_changed(1))
+
+    with ThreadPoolExecutor(1) as pool:
+        taker = pool.submit(take)
+        try:
+            for block in range(0, rig.layer.blocks, 2):
+                rig.finish(rig.read(block * BLOCK_BYTES, 2 * BLOCK_BYTES))
+                with taking:
+                    copies.update(rig.layer.take_changed(1))
+                    assert copies[block // 64] == rig.layer.peek_row(block // 64)
+        finally:
+            over.set()
+        taker.result(10)
+    rig.close()
+
+
 def test_events_after_one_that_raised_still_wake(rig: Rig) -> None:
     """More misses than one call of the core brings; the handler dies of the first of them."""
     rig.close()

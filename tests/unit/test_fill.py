@@ -195,6 +195,25 @@ async def test_a_reader_in_order_is_read_ahead_of_and_nothing_comes_twice(tmp_pa
     await serving.close()
 
 
+async def test_what_was_fetched_ahead_is_urgent_when_somebody_waits_for_it(tmp_path: Path) -> None:
+    serving = Serving(tmp_path, readahead=True)
+    source = serving.sources[1]
+    source.move(4 * BLOCK_BYTES)
+    for block in range(4):
+        assert await serving.read(block) == expect(block)
+    await serving.until(lambda: any(window.is_ahead for window in serving.fills._tasks.values()))
+    (window,) = serving.fills._tasks.values()
+    assert window.blocks.start == 4
+    read = serving.read(4)
+    try:
+        await serving.until(lambda: not window.is_ahead)
+    finally:
+        source.move(len(IMAGE))
+        assert await read == expect(4)
+        await serving.settled()
+        await serving.close()
+
+
 async def test_scattered_small_reads_fetch_little(tmp_path: Path) -> None:
     """Once the pattern is clear, which here reads of a larger image have made it."""
     serving = Serving(tmp_path)

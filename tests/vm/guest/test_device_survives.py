@@ -396,6 +396,7 @@ def test_repin_shows_the_new_version_under_the_same_path(
     web.stop()
     assert tierblk.run("repin", "pinned", check=False).returncode == 4
     assert tierblk.status("pinned")["size_bytes"] == IMAGE_BYTES
+    assert len(read(device, 0, 4096)) == 4096, "it goes on as before"
     web.start()
     assert tierblk.run("repin", "pinned").stdout.split() == [str(device)]
     compare_whole(device, image)
