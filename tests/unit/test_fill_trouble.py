@@ -18,7 +18,7 @@ async def test_an_ssd_that_takes_no_writes_does_not_stop_reads(tmp_path: Path) -
     serving = Serving(tmp_path, slots_flags=os.O_RDONLY)
     for _ in range(2):
         assert await serving.read(0, 8) == expect(0, 8)
-    await serving.settled()
+        await serving.settled()
     assert serving.fills.slot_write_failure is not None
     stats = serving.engine.stats()
     assert stats["slot_write_errors"] >= 4
@@ -134,10 +134,11 @@ async def test_a_disk_that_hangs_is_passed_by(tmp_path: Path) -> None:
         for block in range(0, 40, 2):
             async with asyncio.timeout(TIMEOUT_S):
                 assert await serving.read(block, 2) == expect(block, 2)
-    stats = serving.engine.stats()
-    assert stats["passed_blocks"] > 40
-    assert 0 < stats["fills"] <= STAGING_BLOCKS * 3 // 4
-    assert serving.fills.free_staging_blocks >= STAGING_BLOCKS // 4
+    assert serving.engine.stats()["passed_blocks"] > 40
+    # The last ones are about to end; what hangs stays.
+    await serving.until(lambda: serving.engine.stats()["fills"] <= STAGING_BLOCKS * 3 // 4)
+    await serving.until(lambda: serving.fills.free_staging_blocks >= STAGING_BLOCKS // 4)
+    assert serving.engine.stats()["fills"] > 0
     over = threading.Event()
     draining = asyncio.create_task(asyncio.to_thread(_drain, ours, over))
     await serving.settled()

@@ -74,11 +74,12 @@ static bool may_join(const tb_fill *fill)
     return !fill->slot && fill->writing == (uint16_t)((1u << TB_BLOCK_PAGES) - 1);
 }
 
-/* How many of the pending fills from `fill` on lie in staging memory one behind the other, as one write can take them. */
-static uint32_t neighbours(const tb_fill *fill)
+/* How many of the pending fills from `fill` on, `most` at most, lie in staging memory one behind the other, as one write
+ * can take them. */
+static uint32_t neighbours(const tb_fill *fill, uint32_t most)
 {
     uint32_t count = 1;
-    for (const tb_fill *next = fill->next_written; next && count < TB_RUN_BLOCKS; fill = next, next = next->next_written, count++)
+    for (const tb_fill *next = fill->next_written; next && count < most; fill = next, next = next->next_written, count++)
         if (!may_join(next) || next->staging_offset != fill->staging_offset + TB_BLOCK_BYTES)
             break;
     return count;
@@ -101,13 +102,13 @@ static bool write_alone(tb_engine *e)
     return true;
 }
 
-/* Gives the first of the pending fills their slots and writes them, in one piece as far as neighbouring slots are free.
- * False: there is no slot. */
-static bool write_first(tb_engine *e)
+/* Gives the first of the pending fills, `most` at most, their slots and writes them, in one piece as far as neighbouring
+ * slots are free. False: there is no slot. */
+static bool write_first(tb_engine *e, uint32_t most)
 {
     if (!may_join(e->pending))
         return write_alone(e);
-    uint32_t got = 0, slot = tb_slot_take_run(e, neighbours(e->pending), &got);
+    uint32_t got = 0, slot = tb_slot_take_run(e, neighbours(e->pending, most < TB_RUN_BLOCKS ? most : TB_RUN_BLOCKS), &got);
     want_space(e);
     if (!slot)
         return false;
@@ -135,11 +136,12 @@ static bool write_first(tb_engine *e)
  * out after a moment, there is something left through which reads pass. */
 void tb_write_turn(tb_engine *e)
 {
+    uint32_t blocks = (uint32_t)(e->staging_bytes / TB_BLOCK_BYTES), most = blocks - blocks / KEPT_SHARE;
     while (e->pending) {
         bool no_use = disk_is_no_use(e);
-        if (!no_use && (uint64_t)e->writing_blocks * TB_BLOCK_BYTES >= e->staging_bytes - e->staging_bytes / KEPT_SHARE)
+        if (!no_use && e->writing_blocks >= most)
             break;
-        if (!no_use && write_first(e))
+        if (!no_use && write_first(e, most - e->writing_blocks))
             continue;
         tb_fill *fill = e->pending;
         e->pending = fill->next_written;
