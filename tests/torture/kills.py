@@ -18,7 +18,7 @@ from tests.torture.fetches import Memory
 from tests.torture.frontier import Frontier
 from tests.torture.leftovers import check_directory
 from tests.torture.memory import Squeeze
-from tests.torture.processes import StuckWatch, Victim, daemons
+from tests.torture.processes import StuckWatch, Victim, daemons, tasks
 from tests.torture.reader import Readers
 from tests.torture.rig import MIB, Rig, rig, say
 from tests.vm.guest.device_rig import devices
@@ -210,9 +210,13 @@ class _Field:
             return bool(found)
 
         wait_until(there, RETURN_LIMIT_S, self._nobody)
-        if len(found) > 1:
-            self._tally.wrong.append(f"several daemons at once: {[each.pid for each in found]}")
-        return found[0]
+        # /proc is not read at one instant: one may have ended, and the next have begun, meanwhile.
+        living = [each for each in found if each.lives]
+        if len(living) > 1:
+            words = {task.pid: task.words for task in tasks()}
+            several = {each.pid: words.get(each.pid) for each in living}
+            self._tally.wrong.append(f"several daemons at once: {several}")
+        return living[0] if living else self._serving()
 
     def _next(self, dead: int) -> None:
         """Returns when another process than the dead one serves, or is about to."""

@@ -63,6 +63,13 @@ class Victim:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._fd, number)
 
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended yet."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return not poll.poll(0)
+
     def ended(self, limit_s: float) -> None:
         """Returns when it has ended; AssertionError when that is not within the limit."""
         poll = select.poll()
