@@ -23,6 +23,7 @@ from bench.targets import MIB, make_image, nginx
 from tierblk import config
 from tierblk.cache import Cache
 from tierblk.core import BLOCK_BYTES, Engine, Layer, LocalDoor, local_door
+from tierblk.daemon import settle_collector
 from tierblk.errors import TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Base
@@ -55,6 +56,7 @@ async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[En
         fills.take(cache.engine.poll())
 
     loop.add_reader(cache.engine.event_fd, on_events)
+    settle_collector()
     try:
         yield cache.engine, layer, fills
         await fills.idle()

@@ -8,6 +8,7 @@ the last commit, then the lock. Everything is decided on one event loop."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -42,6 +43,9 @@ T = TypeVar("T")
 
 _CONTROL_THREADS = 16
 """Control commands of ublk that may wait at once; each blocks a thread."""
+
+_COLLECT_EACH = 10_000
+"""Objects more than are dropped, after which the collector looks at the young ones."""
 
 _TAKE_OVER_S = 5.0
 """How long the control socket waits for devices to be taken over; then commands see them as they are."""
@@ -424,6 +428,14 @@ class Daemon:
         }
 
 
+def settle_collector() -> None:
+    """What is there when serving begins stays, so the collector need not walk it again; and a miss makes and
+    drops hundreds of objects without cycles, so it need not look that often. A tenth of a miss's CPU."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_EACH, 20, 20)
+
+
 async def _serve(config: Config, ready: Ready) -> None:
     daemon = Daemon(config)
     loop = asyncio.get_running_loop()
@@ -434,6 +446,7 @@ async def _serve(config: Config, ready: Ready) -> None:
         await daemon.start()
         control = ControlServer(daemon, daemon.run_dir)
         await control.start()
+        settle_collector()
         ready.serves(control.socket_path)
         await daemon.wait()
     except BaseException:
