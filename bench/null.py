@@ -75,7 +75,7 @@ def null_device(library: Path, *, size_bytes: int, depth: int, user_copy: bool) 
     server = _Server(library)
     flags = ublk.features() & ublk.F_NO_AUTO_PART_SCAN | (ublk.F_USER_COPY if user_copy else 0)
     with ExitStack() as stack:
-        device = ublk.add_dev(queue_depth=depth, max_io_bytes=BLOCK_BYTES, flags=flags, stamp=0)
+        device = ublk.add_dev(queues=1, queue_depth=depth, max_io_bytes=BLOCK_BYTES, flags=flags, stamp=0)
         stack.callback(ublk.del_dev, device.dev_id, timeout_ms=STOP_MS)
         ublk.set_params(device.dev_id, size_bytes=size_bytes, block_bytes=BLOCK_BYTES, read_only=True)
         character = f"/dev/ublkc{device.dev_id}"

@@ -81,7 +81,7 @@ class Readers:
         arrays, used_ns = self._arrays, ctypes.c_uint64()
         rc = self._run(
             ctypes.c_void_p(int(ffi.cast("uintptr_t", ffi.addressof(lib, "tb_local_read")))),
-            ctypes.c_void_p(int(ffi.cast("uintptr_t", door.handle))),
+            ctypes.c_void_p(int(ffi.cast("uintptr_t", door.queues[0]))),
             (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays)),
             (ctypes.c_uint64 * len(arrays))(*map(len, arrays)),
             ctypes.c_uint32(len(arrays)),

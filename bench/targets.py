@@ -102,14 +102,27 @@ def nginx(home: Path, root: Path) -> Iterator[str]:
 class Tierblk:
     """A device of a daemon of its own, driven by the command line as a user would."""
 
-    def __init__(self, home: Path, cache_dir: Path, url: str, cache_mib: int) -> None:
+    def __init__(
+        self,
+        home: Path,
+        cache_dir: Path,
+        url: str,
+        cache_mib: int,
+        *,
+        name: str = "tierblk",
+        **device: str | int,
+    ) -> None:
+        """device: keys of its [device]."""
+        self.name = name
         self.home = home
         self.cache_dir = cache_dir
         self.slots = cache_dir / "slots"
         self._config = home / "tierblk.toml"
         home.mkdir(parents=True, exist_ok=True)
         self._config.write_text(
-            f'[device]\nname = "bench"\n[base]\nurl = "{url}"\n'
+            '[device]\nname = "bench"\n'
+            + "".join(f"{key} = {json.dumps(value)}\n" for key, value in device.items())
+            + f'[base]\nurl = "{url}"\n'
             f'[cache]\ndir = "{cache_dir}"\nsize = "{cache_mib}MiB"\n'
         )
 
@@ -120,7 +133,7 @@ class Tierblk:
         """Raises BenchError."""
         path = self._tierblk("attach", str(self._config)).strip()
         status = self.status()
-        return Target("tierblk", path, int(status["daemon"]["pid"]))
+        return Target(self.name, path, int(status["daemon"]["pid"]))
 
     def status(self) -> dict[str, Any]:
         """The device as `tierblk status --json` shows it, with its daemon under `daemon`."""

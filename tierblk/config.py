@@ -143,6 +143,16 @@ def _integer(least: int, most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+@BeforeValidator
+def _queues(value: object) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f'must be "auto" or an integer, is {_shown(value)}')
+    _range(value, 1, 64, str)
+    return value
+
+
 def _percent(least: float, most: float) -> BeforeValidator:
     def check(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -234,7 +244,8 @@ class DeviceSettings(Settings):
     """[device]: one block device."""
 
     name: Annotated[str, BeforeValidator(_name)]
-    plane: Literal["auto", "copy"] = "auto"
+    plane: Literal["auto", "copy", "zero-copy"] = "auto"
+    queues: Annotated[int | Literal["auto"], _queues] = "auto"
     queue_depth: Annotated[int, _integer(1, 1024)] = 64
     on_outage: Patience = math.inf
     recovery: Annotated[bool, BeforeValidator(_boolean)] = True

@@ -8,8 +8,8 @@ A process that dies while a stop of its own waits for its requests cannot be kil
 after the stop, the stop waits for requests, and those are given back only when the process has ended. Hence:
 
 - TRY_STOP, which may come to wait for a read-ahead that waits for the network, is sent by a process of its
-  own (`_TRY_STOP`). If the daemon dies meanwhile, its requests go back and the stop ends; if that process
-  dies, the daemon goes on serving, and the drain that follows ends what the stop waits for.
+  own (driver.send_try_stop). If the daemon dies meanwhile, its requests go back and the stop ends; if that
+  process dies, the daemon goes on serving, and the drain that follows ends what the stop waits for.
 - STOP_DEV is sent by the daemon, but only when the door has drained: then no request waits for Python or the
   network, and the stop waits for reads of the SSD at most."""
 
@@ -20,7 +20,6 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -29,13 +28,14 @@ from errno import EBUSY, EEXIST, ENODEV
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tierblk
 from tierblk import records
 from tierblk.config import Config, show_patience
 from tierblk.core import BLOCK_BYTES, Engine, UblkDoor, ublk
-from tierblk.driver import STOP_MS, driver_error
+from tierblk.driver import STOP_MS, driver_error, send_try_stop
 from tierblk.errors import DeviceError
+from tierblk.latency import TIERS, Latencies
 from tierblk.layer import Base
+from tierblk.planes import MEMORY_ALIGN_BYTES, cpus_of, flags_wanted, plane_of, queues_wanted
 from tierblk.records import DeviceRecord
 
 log = logging.getLogger(__name__)
@@ -47,18 +47,6 @@ _TRY_STOP_S = 2.0
 _NODE_S = 10.0
 _RELEASE_S = 30.0
 _ID_S = 2.0
-
-_TRY_STOP = """
-import sys
-sys.path.append(sys.argv[1])
-from tierblk.core import ublk
-sys.stdout.write(".")
-sys.stdout.flush()
-try:
-    ublk.try_stop_dev(int(sys.argv[2]), timeout_ms=600_000)
-except OSError as error:
-    sys.exit(error.errno)
-"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class Device:
         self.config = config
         self.base = base
         self.name = config.device.name
-        self.plane = "copy"
+        self.plane = plane_of(record.flags if record else 0)
         self.state = "starting"
         self.reason: str | None = None
         self.warnings: list[str] = []
@@ -89,12 +77,15 @@ class Device:
         self.dev_id = record.dev_id if record else -1
         self.flags = record.flags if record else 0
         self._queue_depth = config.device.queue_depth
+        self._queues = 1
         self._home = home
         self._cdev_fd = -1
         self._door: UblkDoor | None = None
         self._last_stats: dict[str, int] = {}
+        self._last_latencies: list[list[int]] = []
         self._safe_stop = False
-        self._ended = asyncio.Event()
+        self._serving: set[int] = set()  # of each queue that has not ended, the descriptor that says so
+        self._one_ended, self._ended = asyncio.Event(), asyncio.Event()
         self._stopping = asyncio.Lock()
         self._down = False
 
@@ -162,7 +153,8 @@ class Device:
         """Until the process that had the device has let go of it, which outlasts its end a little."""
         self._safe_stop = bool(await self._run(ublk.features) & ublk.F_SAFE_STOP_DEV)
         info = await self._run(ublk.dev_info, self.dev_id)
-        self._queue_depth, self.flags = info.queue_depth, info.flags
+        self._queues, self._queue_depth, self.flags = info.queues, info.queue_depth, info.flags
+        self.plane = plane_of(info.flags)
         deadline = time.monotonic() + _RELEASE_S
         while True:
             try:
@@ -183,29 +175,39 @@ class Device:
             self._run(ublk.start_dev, self.dev_id, pid=os.getpid(), timeout_ms=_START_MS)
         )
         started.add_done_callback(_retrieve)
-        ended = asyncio.ensure_future(self._ended.wait())
+        ended = asyncio.ensure_future(self._one_ended.wait())
         await asyncio.wait({started, ended}, return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
         if not started.done():
-            raise DeviceError("the ublk driver took the device's queue back before it was started")
+            raise DeviceError("the ublk driver took a queue of the device back before it was started")
         started.result()
 
     async def _add(self, wanted_id: int | None) -> None:
         granted = await self._run(ublk.features)
         self._safe_stop = bool(granted & ublk.F_SAFE_STOP_DEV)
-        flags = granted & ublk.F_NO_AUTO_PART_SCAN
-        if self.config.device.recovery:
-            flags |= ublk.F_RECOVERY
+        flags = flags_wanted(self.config.device, granted)
 
         def add() -> None:
             info = self._add_dev(flags, wanted_id)
             self.dev_id, self.flags = info.dev_id, info.flags
+            self._queues, self.plane = info.queues, plane_of(info.flags)
+            if self.config.device.plane not in ("auto", self.plane):
+                raise DeviceError(
+                    f"this kernel's ublk has no plane {self.config.device.plane}",
+                    'set device.plane = "auto"; zero-copy needs Linux 6.16 or later',
+                )
             if info.max_io_bytes < BLOCK_BYTES:
                 raise DeviceError(
                     f"the ublk driver allows requests of {info.max_io_bytes} bytes, 64 KiB are needed"
                 )
             size_bytes = self.base.image.size_bytes
-            ublk.set_params(self.dev_id, size_bytes=size_bytes, block_bytes=BLOCK_BYTES, read_only=True)
+            ublk.set_params(
+                self.dev_id,
+                size_bytes=size_bytes,
+                block_bytes=BLOCK_BYTES,
+                read_only=True,
+                memory_align_bytes=MEMORY_ALIGN_BYTES if self.plane == "zero-copy" else None,
+            )
             self._write_record()
 
         await self._run_whole(add)
@@ -218,6 +220,7 @@ class Device:
         while True:
             try:
                 return ublk.add_dev(
+                    queues=queues_wanted(self.config.device, self._home.engine.stats()["tags"]),
                     queue_depth=self._queue_depth,
                     max_io_bytes=BLOCK_BYTES,
                     flags=flags,
@@ -275,10 +278,14 @@ class Device:
                 self._home.engine,
                 self.base.layer,
                 cdev_fd=self._cdev_fd,
-                queue_depth=self._queue_depth,
                 dev_id=self.dev_id,
+                queue_depth=self._queue_depth,
+                cpus=cpus_of(self.dev_id, self._queues),
+                zero_copy=self.plane == "zero-copy",
             )
-            loop.call_soon_threadsafe(loop.add_reader, door.end_fd, self._on_end, on_end)
+            self._serving = set(door.end_fds)
+            for end_fd in door.end_fds:
+                loop.call_soon_threadsafe(loop.add_reader, end_fd, self._on_end, end_fd, on_end)
 
         await self._run_whole(open_door)
         assert self._door is not None
@@ -286,10 +293,13 @@ class Device:
         self._door.set_patience(self.config.device.on_outage)
         self.base.patiences[self.name] = self.config.device.on_outage
 
-    def _on_end(self, on_end: Callable[[Device], None]) -> None:
-        if self._door is not None:
-            asyncio.get_running_loop().remove_reader(self._door.end_fd)
-        self._ended.set()
+    def _on_end(self, end_fd: int, on_end: Callable[[Device], None]) -> None:
+        """One of the queues has ended; the others follow at once."""
+        asyncio.get_running_loop().remove_reader(end_fd)
+        self._serving.discard(end_fd)
+        self._one_ended.set()
+        if not self._serving:
+            self._ended.set()
         if self.state == "live":
             self.state, self.reason = "gone", "the device was deleted by somebody else"
             log.error("%s (%s): %s", self.name, self.path, self.reason)
@@ -325,7 +335,7 @@ class Device:
         """TRY_STOP refuses at once while the device is open. Otherwise it may wait for requests that nobody
         waits for any more (read-ahead): after a moment the door drains, which ends them."""
         try:
-            process = await self._run(_send_try_stop, self.dev_id)
+            process = await self._run(send_try_stop, self.dev_id)
         except OSError as error:
             raise DeviceError(f"cannot ask whether {self.path} is in use: {error.strerror}") from None
         try:
@@ -380,8 +390,9 @@ class Device:
                     await self._ended.wait()
             except TimeoutError:
                 door.quit()  # the driver did not take every tag back; it leaves when nothing is active
-            asyncio.get_running_loop().remove_reader(door.end_fd)
-            self._last_stats = door.stats()
+            for end_fd in self._serving:
+                asyncio.get_running_loop().remove_reader(end_fd)
+            self._last_stats, self._last_latencies = door.stats(), door.latencies()
             self._door = None
             await self._run(door.close)
         if self._cdev_fd >= 0:
@@ -400,7 +411,10 @@ class Device:
 
     def to_dict(self) -> dict[str, Any]:
         """The device as `tierblk status --json` shows it."""
-        stats = self._door.stats() if self._door is not None else self._last_stats
+        door = self._door
+        stats = door.stats() if door is not None else self._last_stats
+        latencies = door.latencies() if door is not None else self._last_latencies
+        tick_s = self._home.engine.tick_s()
         counters, health = self.base.fetcher.counters, self.base.health()
         state, reason = self.state, self.reason
         if state == "live":
@@ -411,6 +425,10 @@ class Device:
             "plane": self.plane,
             "size_bytes": self.base.image.size_bytes,
             **{key: stats.get(key, 0) for key in _SHOWN_STATS},
+            "latencies": {
+                tier: Latencies(counts, tick_s).to_dict()
+                for tier, counts in zip(TIERS, latencies, strict=False)
+            },
             "fetched_bytes": counters.fetched_bytes,
             "remote_requests": counters.requests,
             "remote_retries": counters.retries,
@@ -424,6 +442,7 @@ class Device:
             "url": self.base.image.identity.shown,
             "validator": self.base.image.identity.validator,
             "config_path": str(self.config.path),
+            "queues": self._queues,
             "queue_depth": self._queue_depth,
             "on_outage": show_patience(self.config.device.on_outage),
             "recovery": self.outlives_daemon,
@@ -446,18 +465,8 @@ _SHOWN_STATS = (
     "waiting",
     "oldest_wait_ms",
     "enters",
+    "bounced",
 )
-
-
-def _send_try_stop(dev_id: int) -> subprocess.Popen[bytes]:
-    """A process that has begun to send TRY_STOP and ends with its errno. Blocks while it starts; OSError."""
-    root = str(Path(tierblk.__file__).resolve().parent.parent)
-    command = [sys.executable, "-P", "-c", _TRY_STOP, root, str(dev_id)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout as begun:
-        begun.read(1)
-    return process
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

@@ -4,11 +4,14 @@ means, and how one is taken away that no daemon serves."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from errno import EACCES, EMFILE, ENODEV, ENOENT, EPERM
 from pathlib import Path
 
-from tierblk.core import ublk
+import tierblk
+from tierblk.core import MAX_TAGS, ublk
 from tierblk.errors import DeviceError
 
 STAMP_MAGIC = 0x7469657262 << 24
@@ -17,6 +20,18 @@ cache's uuid."""
 
 STOP_MS = 60_000
 _POLL_S = 0.02
+
+_TRY_STOP = """
+import sys
+sys.path.append(sys.argv[1])
+from tierblk.core import ublk
+sys.stdout.write(".")
+sys.stdout.flush()
+try:
+    ublk.try_stop_dev(int(sys.argv[2]), timeout_ms=600_000)
+except OSError as error:
+    sys.exit(error.errno)
+"""
 
 
 def stamp_of(cache_uuid: bytes) -> int:
@@ -40,8 +55,8 @@ def driver_error(error: OSError) -> DeviceError:
         return DeviceError("no permission to use /dev/ublk-control", "run it as root")
     if error.errno == EMFILE:
         return DeviceError(
-            "the devices of one daemon can have 4096 requests in flight together",
-            "lower device.queue_depth, or use another cache directory",
+            f"the devices of one daemon can have {MAX_TAGS} requests in flight together",
+            "lower device.queues or device.queue_depth, or use another cache directory",
         )
     return DeviceError(f"the ublk driver refused: {error.strerror}")
 
@@ -98,3 +113,14 @@ def take_away(dev_id: int, *, rest_s: float = 10.0) -> None:
         except OSError as error:
             if error.errno != ENODEV:
                 raise
+
+
+def send_try_stop(dev_id: int) -> subprocess.Popen[bytes]:
+    """A process that has begun to send TRY_STOP and ends with its errno. Blocks while it starts; OSError."""
+    root = str(Path(tierblk.__file__).resolve().parent.parent)
+    command = [sys.executable, "-P", "-c", _TRY_STOP, root, str(dev_id)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as begun:
+        begun.read(1)
+    return process

@@ -69,7 +69,13 @@ class FakeDaemon:
             "reason": "the server\x1b[31m is away" if name == "ill" else None,
             "url": config.base.url,
             "config_path": str(config.path),
+            "queues": 2,
             "queue_depth": config.device.queue_depth,
+            "latencies": {
+                "hit": {"requests": 60, "p50_us": 81.25, "p99_us": 640.0, "p99.9_us": 900.0},
+                "zero": {"requests": 0, "p50_us": None, "p99_us": None, "p99.9_us": None},
+                "miss": {"requests": 10, "p50_us": 21500.0, "p99_us": 1250000.0, "p99.9_us": 1250000.0},
+            },
             "warnings": ["the image was cut off"] if name == "cut" else [],
         }
         return self._devices[name]

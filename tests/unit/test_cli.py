@@ -261,6 +261,9 @@ class TestListAndStatus:
         text = cli("status", "a").out
         assert "75.0 % of what is not zero" in text
         assert "2 GiB at http://images.example/a.raw" in text
+        assert "copy, 2 queues, each 64 requests deep" in text
+        assert "half within 81.2 us, 99 % within 640 us" in text
+        assert "half within 21.5 ms, 99 % within 1.25 s" in text
         device = cli("status", "a", "--json").json
         assert {"name", "path", "plane", "size_bytes", "hit_bytes", "miss_bytes", "fetched_bytes"} <= set(
             device

@@ -112,6 +112,18 @@ def test_a_failed_fill_ends_its_waiters_and_nothing_is_cached(rig: Rig) -> None:
     assert again.result() == rig.expect(0, 4096)
 
 
+def test_latencies_are_counted_by_tier(rig: Rig) -> None:
+    rig.finish(rig.read(0, 2 * BLOCK_BYTES))
+    for _ in range(3):
+        rig.finish(rig.read(0, BLOCK_BYTES))
+    hit, zero, miss = rig.door.latencies()
+    stats = rig.door.stats()
+    assert [sum(hit), sum(zero), sum(miss)] == [stats[f"{t}_requests"] for t in ("hit", "zero", "miss")]
+    assert sum(hit) > 0
+    assert sum(miss) > 0
+    assert 1e-11 < rig.engine.tick_s() < 1e-6
+
+
 def test_r5_an_old_token_is_refused(rig: Rig) -> None:
     read = rig.read(0, 4096)
     rig.settle()

@@ -29,6 +29,7 @@ from tierblk.core import (
 )
 
 FILLS_MAX = 2 * MAX_TAGS
+DEPTH = 4000
 LAYER_BYTES = 3 * FILLS_MAX * BLOCK_BYTES
 TIMEOUT_S = 30.0
 
@@ -91,14 +92,14 @@ def bare(tmp_path: Path) -> Iterator[Bare]:
 def test_who_finds_no_fill_waits_for_one(bare: Bare) -> None:
     """Readers whose patience is over leave their fills running. When all are in use nobody gets an error for
     it: whoever comes waits, as long as his patience says, and goes on when one of them ends."""
-    hasty = LocalDoor(bare.engine, bare.layer, queue_depth=MAX_TAGS - 2)
+    hasty = LocalDoor(bare.engine, bare.layer, queue_depth=DEPTH)
     patient = LocalDoor(bare.engine, bare.layer, queue_depth=1)
     short = LocalDoor(bare.engine, bare.layer, queue_depth=1)
     hasty.set_patience(0.05)
     short.set_patience(0.3)
-    length = (MAX_TAGS - 2) * BLOCK_BYTES
+    length = DEPTH * BLOCK_BYTES
     with ThreadPoolExecutor(3) as pool:
-        for turn in range(-(-FILLS_MAX // (MAX_TAGS - 2))):
+        for turn in range(-(-FILLS_MAX // DEPTH)):
             read = pool.submit(hasty.read, turn * length, length)
             bare.until(read.done)
             assert isinstance(read.exception(), OSError)
@@ -130,12 +131,12 @@ def test_who_finds_no_fill_waits_for_one(bare: Bare) -> None:
 
 
 def test_who_waits_for_a_fill_is_freed_by_a_drain(bare: Bare) -> None:
-    door = LocalDoor(bare.engine, bare.layer, queue_depth=MAX_TAGS - 1)
+    door = LocalDoor(bare.engine, bare.layer, queue_depth=DEPTH)
     other = LocalDoor(bare.engine, bare.layer, queue_depth=1)
     door.set_patience(0.05)
-    length = (MAX_TAGS - 1) * BLOCK_BYTES
+    length = DEPTH * BLOCK_BYTES
     with ThreadPoolExecutor(2) as pool:
-        for turn in range(-(-FILLS_MAX // (MAX_TAGS - 1))):
+        for turn in range(-(-FILLS_MAX // DEPTH)):
             read = pool.submit(door.read, turn * length, length)
             bare.until(read.done)
         waits = pool.submit(other.read, LAYER_BYTES - BLOCK_BYTES, BLOCK_BYTES)

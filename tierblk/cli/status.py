@@ -85,6 +85,21 @@ def _put_daemon(daemon: Daemon, info: dict[str, Any], devices: list[dict[str, An
         put("")
 
 
+def _latency(device: dict[str, Any], tier: str) -> str:
+    """How long requests of a tier take, if there were any."""
+    found = device.get("latencies", {}).get(tier, {})
+    if not found.get("requests"):
+        return ""
+    return f", half within {_duration(found['p50_us'])}, 99 % within {_duration(found['p99_us'])}"
+
+
+def _duration(us: float) -> str:
+    for unit, divisor in (("s", 1e6), ("ms", 1e3)):
+        if us >= divisor:
+            return f"{us / divisor:.3g} {unit}"
+    return f"{us:.3g} us"
+
+
 def _put_device(device: dict[str, Any]) -> None:
     number = {key: value for key, value in device.items() if isinstance(value, int)}
     put(f"{device.get('name')}: {device.get('path')}, {device.get('state')}")
@@ -95,10 +110,12 @@ def _put_device(device: dict[str, Any]) -> None:
     if "requests" not in device:  # nobody serves it, so nobody counts
         return
     hit, miss, zero = (number.get(key, 0) for key in ("hit_bytes", "miss_bytes", "zero_bytes"))
-    put(f"  plane     {device.get('plane')}, {number.get('queue_depth', 0)} requests deep")
+    queues, depth = number.get("queues", 1), number.get("queue_depth", 0)
+    shape = f"{depth} requests deep" if queues == 1 else f"{queues} queues, each {depth} requests deep"
+    put(f"  plane     {device.get('plane')}, {shape}")
     put(f"  read      {format_size(hit + miss + zero)} in {number.get('requests', 0)} requests")
-    put(f"  hits      {format_size(hit)} ({hit_ratio(hit, miss)})")
-    put(f"  misses    {format_size(miss)}")
+    put(f"  hits      {format_size(hit)} ({hit_ratio(hit, miss)}){_latency(device, 'hit')}")
+    put(f"  misses    {format_size(miss)}{_latency(device, 'miss')}")
     fetched, gets = number.get("fetched_bytes", 0), number.get("remote_requests", 0)
     put(f"  fetched   {format_size(fetched)} in {gets} requests to the remote")
     put(f"  errors    {number.get('errors', 0)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -180,6 +180,10 @@ class Engine:
         """The event loop lives; to be called about once a second."""
         lib.tb_engine_beat(self.handle)
 
+    def tick_s(self) -> float:
+        """How long a tick of `Door.latencies` is, seconds."""
+        return float(lib.tb_engine_tick_ns(self.handle)) / 1e9
+
     def free_slots(self) -> int:
         return self.stats()["free"]
 
@@ -266,59 +270,112 @@ class Layer:
 
 
 class Door:
-    """A way into a layer, with a queue thread of its own. `end_fd` is readable once that thread has ended."""
+    """A way into a layer, with a thread for each of its queues. `end_fds` are readable once these threads
+    have ended."""
 
-    def __init__(self, handle: Any, depth: int) -> None:
-        self._door = handle
+    def __init__(self, queues: Sequence[Any], depth: int) -> None:
+        """queues: of C, which `close` frees; depth: requests in flight of each."""
+        self._queues = list(queues)
         self.depth = depth
-        self.end_fd: int = lib.tb_door_end_fd(handle)
+        self.end_fds: tuple[int, ...] = tuple(lib.tb_door_end_fd(queue) for queue in queues)
 
     @property
-    def handle(self) -> Any:
-        if self._door is None:
+    def queues(self) -> Sequence[Any]:
+        if not self._queues:
             raise ValueError("the door is closed")
-        return self._door
+        return self._queues
 
     def stats(self) -> dict[str, int]:
         """Counters of tb_stats: requests and bytes; `waiting`, `active` and `oldest_wait_ms` are levels."""
-        out = ffi.new("tb_stats *")
-        lib.tb_door_stats(self.handle, out)
-        return _counters(out)
+        each = []
+        for queue in self.queues:
+            out = ffi.new("tb_stats *")
+            lib.tb_door_stats(queue, out)
+            each.append(_counters(out))
+        total = {name: sum(stats[name] for stats in each) for name in each[0]}
+        return {**total, "oldest_wait_ms": max(stats["oldest_wait_ms"] for stats in each)}
+
+    def latencies(self) -> list[list[int]]:
+        """For each tier (hit, zero, miss) how many requests, by bucket (cdef.h)."""
+        total = [[0] * lib.TB_LATENCY_BUCKETS for _ in range(lib.TB_TIERS)]
+        out = ffi.new("uint64_t[]", lib.TB_TIERS * lib.TB_LATENCY_BUCKETS)
+        for queue in self.queues:
+            lib.tb_door_latencies(queue, out)
+            counts = iter(out)
+            for tier in total:
+                tier[:] = [sum_ + next(counts) for sum_ in tier]
+        return total
 
     def drain(self) -> None:
         """Ends every parked and later miss in EIO; hits go on. Before STOP_DEV, always."""
-        lib.tb_door_drain(self.handle)
+        for queue in self.queues:
+            lib.tb_door_drain(queue)
 
     def leave(self) -> None:
-        """Hand-over of a device with user recovery: the thread ends soon and completes nothing any more; the
+        """Hand-over of a device with user recovery: the threads end soon and complete nothing any more; the
         driver issues what is left to the next daemon. Other doors drain and quit."""
-        lib.tb_door_leave(self.handle)
+        for queue in self.queues:
+            lib.tb_door_leave(queue)
 
     def set_patience(self, patience_s: float) -> None:
         """How long a request may wait for a fill: math.inf, or until GIVE_UP (0), or seconds, after which it
         ends in EIO whatever the event loop does."""
         ms = _FOR_EVER_MS if math.isinf(patience_s) else min(round(patience_s * 1000), _FOR_EVER_MS - 1)
-        lib.tb_door_set_patience(self.handle, ms)
+        for queue in self.queues:
+            lib.tb_door_set_patience(queue, ms)
 
     def quit(self) -> None:
-        """Asks the thread to end when no request is active."""
-        lib.tb_door_quit(self.handle)
+        """Asks the threads to end when no request is active."""
+        for queue in self.queues:
+            lib.tb_door_quit(queue)
 
     def close(self) -> None:
-        """Waits for the thread and frees the door. Blocks: not on the event loop."""
-        if self._door is not None:
-            door, self._door = self._door, None
-            lib.tb_door_close(door)
+        """Waits for the threads and frees the door. Blocks: not on the event loop."""
+        queues, self._queues = self._queues, []
+        for queue in queues:
+            lib.tb_door_close(queue)
 
 
 class UblkDoor(Door):
-    """Queue 0 of a ublk device, plane `copy`. Open it after SET_PARAMS, before START_DEV. Raises OSError."""
+    """All hardware queues of a ublk device. Open it after SET_PARAMS, before START_DEV. Raises OSError."""
 
-    def __init__(self, engine: Engine, base: Layer, *, cdev_fd: int, queue_depth: int, dev_id: int) -> None:
-        out = ffi.new("tb_queue **")
-        rc = lib.tb_ublk_open(engine.handle, base.handle, cdev_fd, queue_depth, dev_id, out)
-        check(rc, f"cannot serve ublk device {dev_id}")
-        super().__init__(out[0], queue_depth)
+    def __init__(
+        self,
+        engine: Engine,
+        base: Layer,
+        *,
+        cdev_fd: int,
+        dev_id: int,
+        queue_depth: int,
+        cpus: Sequence[bytes],
+        zero_copy: bool,
+    ) -> None:
+        """cpus: for each queue a mask of the processors that its thread may run on, b"" for any.
+        zero_copy: what ADD_DEV has granted."""
+        super().__init__([], queue_depth)
+        try:
+            for q_id, mask in enumerate(cpus):
+                out = ffi.new("tb_queue **")
+                rc = lib.tb_ublk_open(
+                    engine.handle,
+                    base.handle,
+                    cdev_fd,
+                    dev_id,
+                    q_id,
+                    queue_depth,
+                    zero_copy,
+                    mask,
+                    len(mask),
+                    out,
+                )
+                check(rc, f"cannot serve queue {q_id} of ublk device {dev_id}")
+                self._queues.append(out[0])
+        except OSError:
+            if self._queues:  # no request came yet
+                self.leave()
+                self.close()
+            raise
+        super().__init__(self._queues, queue_depth)
 
 
 class LocalDoor(Door):
@@ -327,12 +384,12 @@ class LocalDoor(Door):
     def __init__(self, engine: Engine, base: Layer, *, queue_depth: int = 16) -> None:
         out = ffi.new("tb_queue **")
         check(lib.tb_local_open(engine.handle, base.handle, queue_depth, out), "cannot open a local door")
-        super().__init__(out[0], queue_depth)
+        super().__init__([out[0]], queue_depth)
 
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         """The device's bytes; any thread, blocks it without the GIL. Multiples of 512. Raises OSError."""
         out = ffi.new("uint8_t[]", length_bytes)
-        rc = lib.tb_local_read(self.handle, offset_bytes, length_bytes, out)
+        rc = lib.tb_local_read(self.queues[0], offset_bytes, length_bytes, out)
         check(rc, f"read of {length_bytes} bytes at {offset_bytes}")
         return bytes(ffi.buffer(out))
 

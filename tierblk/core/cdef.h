@@ -8,8 +8,8 @@
 #define TB_ROW_BYTES 772
 #define TB_MAP_HEADER_BYTES 4096
 #define TB_MAX_LAYERS 4096
-#define TB_MAX_TAGS 4096
-#define TB_RING_RECORDS 32768
+#define TB_MAX_TAGS 8192
+#define TB_RING_RECORDS 65536
 
 /* Events, engine to Python. */
 #define TB_EV_MISS 1
@@ -46,13 +46,21 @@ typedef struct {
 
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
-    uint64_t slot_errors, waiting, active, enters, oldest_wait_ms;
+    uint64_t slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
 } tb_stats;
 
 typedef struct {
     uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, slot_write_calls, zero_blocks;
-    uint64_t evicted, passed_blocks, expired;
+    uint64_t evicted, passed_blocks, expired, tags;
 } tb_cache_stats;
+
+/* Latencies of requests, from the turn in which they came to the one in which they were done: how many, by tier and by
+ * bucket. Bucket 4 * k + i holds those of (4 + i) << k ticks up to the next one's. */
+#define TB_TIER_HIT 0
+#define TB_TIER_ZERO 1
+#define TB_TIER_MISS 2
+#define TB_TIERS 3
+#define TB_LATENCY_BUCKETS 160
 
 typedef struct tb_engine tb_engine;
 typedef struct tb_layer tb_layer;
@@ -69,6 +77,7 @@ uint8_t *tb_engine_staging(tb_engine *engine);
 void tb_engine_trim_staging(tb_engine *engine);
 void tb_engine_set_low(tb_engine *engine, uint32_t free_slots);
 int tb_engine_poll(tb_engine *engine, tb_record *out, int max);
+double tb_engine_tick_ns(tb_engine *engine);
 int tb_engine_push(tb_engine *engine, const tb_record *in, int count);
 void tb_engine_stats(tb_engine *engine, tb_cache_stats *out);
 void tb_engine_set_watchdog(tb_engine *engine, uint32_t milliseconds);
@@ -93,7 +102,8 @@ int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums);
 uint64_t tb_layer_cached_pages(tb_layer *layer);
 
 /* Doors. A door's thread runs from tb_*_open to tb_door_close. */
-int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint16_t depth, uint32_t dev_id, tb_queue **out);
+int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
+                 const uint8_t *cpus, size_t cpus_bytes, tb_queue **out);
 int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, tb_queue **out);
 int tb_local_read(tb_queue *door, uint64_t offset, uint64_t length, uint8_t *out);
 int tb_door_end_fd(tb_queue *door);
@@ -103,6 +113,7 @@ void tb_door_set_patience(tb_queue *door, uint32_t milliseconds);
 int tb_door_quit(tb_queue *door);
 int tb_door_close(tb_queue *door);
 void tb_door_stats(tb_queue *door, tb_stats *out);
+void tb_door_latencies(tb_queue *door, uint64_t *counts);
 
 /* One ublk control command, waited for. Call it from a thread that may block, never from the event loop. */
 int tb_ublk_control(uint32_t cmd_op, uint32_t dev_id, uint16_t queue_id, void *payload, uint16_t length, uint64_t data, uint32_t timeout_ms);

@@ -26,7 +26,7 @@
 
 #define TB_SECTOR 512u
 #define TB_STRIPES 1024u
-#define TB_MAX_FILLS 8192u
+#define TB_MAX_FILLS 16384u /* a power of two, so that tokens wrap; more than tags and TB_MAX_AHEAD together */
 #define TB_MAX_AHEAD 4096u /* fills that PREFETCH may have running: the others are for those that wait, one a tag */
 #define TB_NOTES 256u
 #define TB_RUN_BLOCKS 16u /* 1 MiB: what one write to the slots file holds at most */
@@ -79,7 +79,7 @@ struct tb_req {
     tb_req *next; /* in an inbox or a parked list */
     tb_queue *queue;
     uint8_t *buffer; /* the tag's own memory: one block, page-aligned */
-    uint8_t *data;   /* where the request's first byte goes, in `buffer` */
+    uint8_t *data;   /* where the request's first byte goes, in `buffer`; not for a direct one */
     void *cookie;    /* the door's */
     uint64_t block;
     uint32_t offset, length; /* bytes, within the block */
@@ -87,7 +87,10 @@ struct tb_req {
     uint16_t tag, need;      /* need: pages of the block that are still to be put into it */
     uint16_t inflight;
     uint8_t tries, missed, slot_failed, all_zero;
+    uint8_t direct; /* plane zero-copy: bytes go into the request's own pages, `buffer` stays unused */
+    uint8_t pinned; /* it counts among its entry's readers */
     uint32_t since_ms; /* when it began to wait for a fill; 0: it has not */
+    uint64_t began;    /* ticks of the turn in which it came */
 } __attribute__((aligned(64)));
 
 typedef struct {
@@ -115,15 +118,22 @@ struct tb_queue {
     uint32_t patience_ms; /* how long a request may wait for a fill; UINT32_MAX: for ever; 0: until GIVE_UP */
     uint32_t visitors; /* threads inside tb_queue_hand_back: the memory stays until they are out */
     uint16_t depth;
+    int copy_fd;       /* plane zero-copy: /dev/ublkcN, through which any thread writes into requests; else -1 */
+    uint64_t copy_pos; /* where in it this queue's requests begin */
     int wake_fd, end_fd, failure;
     uint64_t wake_value;
     uint32_t id;
+    uint16_t number; /* among the queues of its device */
+    const uint8_t *cpus; /* the opener's, until the thread is ready */
+    size_t cpus_bytes;
     pthread_t thread;
     bool started;
     pthread_mutex_t ready_lock;
     pthread_cond_t ready_cond;
     bool ready;
     tb_stats stats;
+    uint64_t now; /* ticks of this turn */
+    uint64_t latencies[TB_TIERS][TB_LATENCY_BUCKETS];
 };
 
 typedef enum { FILL_FREE = 0, FILL_ASKED, FILL_WRITING } tb_fill_state;
@@ -207,6 +217,7 @@ struct tb_engine {
     uint32_t drain_scan, filler_quit, need_space_told;
     uint32_t impatient; /* doors whose patience ends some time */
     uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
+    uint64_t made_ticks, made_ns;
     tb_run runs[TB_OPEN_RUNS];
     tb_fill *pending, **pending_end; /* whole runs one after the other, until the disk may have them */
     uint32_t write_failures, paused_ms, pause_ms, writing_blocks, oldest_write_ms;
@@ -222,7 +233,7 @@ struct tb_engine {
 };
 
 /* user_data of every SQE: a pointer (48 bits), what it is (low 3 bits), and the length expected in sectors (top byte). */
-enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3, UD_RUN_WRITE = 4 };
+enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3, UD_RUN_WRITE = 4, UD_ZEROS = 5, UD_DOOR_COPY = 6 };
 
 static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 {
@@ -255,6 +266,9 @@ struct io_uring_sqe *tb_sqe(struct io_uring *ring);
 int tb_uring_init(struct io_uring *ring, unsigned entries);
 void tb_wake_arm(struct io_uring *ring, int fd, uint64_t *value);
 int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument);
+
+/* crc32c.c */
+void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums);
 
 /* map.c */
 static inline tb_lock *tb_stripe(const tb_layer *layer, uint64_t block)
@@ -328,6 +342,8 @@ void *tb_filler_main(void *argument);
 /* serve.c */
 void tb_serve(tb_req *req);
 void tb_slot_read_done(tb_req *req, int result, uint32_t expected);
+void tb_zeros_done(tb_req *req, int result, uint32_t expected);
+uint64_t tb_copy_pos(const tb_req *req);
 void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes);
 uint16_t tb_pages_of(uint32_t offset, uint32_t length);
 

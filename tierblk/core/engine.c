@@ -13,6 +13,13 @@ static void *filler_main(void *argument)
     return e->filler_failure ? NULL : tb_filler_main(e);
 }
 
+static uint64_t monotonic_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
 /* slots_fd: slot_count slots of 64 KiB, opened O_DIRECT; sums_fd: 64 bytes a slot. dio_align: what O_DIRECT on slots_fd
  * wants of offsets and lengths, 512 to 4096. No thread runs before tb_engine_start. */
 int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t staging_bytes, uint32_t dio_align, tb_engine **out)
@@ -36,6 +43,8 @@ int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t stagi
     rc = rc ? rc : tb_fills_init(e);
     rc = rc ? rc : tb_ring_init(&e->events);
     rc = rc ? rc : tb_ring_init(&e->commands);
+    e->made_ticks = tb_ticks();
+    e->made_ns = monotonic_ns();
     if (!rc) {
         madvise(e->staging, staging_bytes, MADV_DONTFORK);
         e->pending_end = &e->pending;
@@ -138,6 +147,13 @@ int tb_engine_poll(tb_engine *e, tb_record *out, int max)
     return count;
 }
 
+/* How long a tick of the latencies is, in ns: measured over the engine's life so far. */
+double tb_engine_tick_ns(tb_engine *e)
+{
+    uint64_t ticks = tb_ticks() - e->made_ticks;
+    return ticks ? (double)(monotonic_ns() - e->made_ns) / (double)ticks : 1.0;
+}
+
 /* Event loop only. All or nothing; -EAGAIN when they do not fit. */
 int tb_engine_push(tb_engine *e, const tb_record *in, int count)
 {
@@ -157,6 +173,7 @@ void tb_engine_stats(tb_engine *e, tb_cache_stats *out)
     out->quarantined = TB_LOAD(&e->quarantined);
     out->bad = TB_LOAD(&e->bad);
     out->probation = TB_LOAD(&e->probation);
+    out->tags = TB_LOAD(&e->tags);
     out->fills = 0;
     for (uint32_t i = 0; i < __atomic_load_n(&e->fills_used, __ATOMIC_ACQUIRE); i++)
         out->fills += __atomic_load_n(&e->fills[i].state, __ATOMIC_RELAXED) != FILL_FREE;

@@ -60,8 +60,9 @@ static void issue(tb_queue *queue, local_door *door, local_call *call)
     uint64_t at = call->offset + call->issued, left = call->length - call->issued;
     door->idle = req->next;
     req->result = 0;
-    req->tries = req->missed = req->slot_failed = req->all_zero = 0;
+    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = 0;
     req->since_ms = 0;
+    req->began = queue->now;
     req->cookie = call;
     req->block = at / TB_BLOCK_BYTES;
     req->offset = (uint32_t)(at % TB_BLOCK_BYTES);

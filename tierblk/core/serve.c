@@ -24,6 +24,22 @@ static void next_run(uint16_t *mask, uint32_t *first, uint32_t *last)
     *mask &= (uint16_t)~((2u << *last) - (1u << *first));
 }
 
+/* Where in /dev/ublkcN the bytes of a request lie that has no buffer of ours (ublk.md, 5.3). */
+uint64_t tb_copy_pos(const tb_req *req)
+{
+    return req->queue->copy_pos + ((uint64_t)req->tag << 25);
+}
+
+/* Into the request's own pages, from any thread. It copies and waits for nothing. */
+static bool write_into(const tb_req *req, const uint8_t *from, uint32_t length, uint32_t at)
+{
+    ssize_t written;
+    do
+        written = pwrite(req->queue->copy_fd, from, length, (off_t)(tb_copy_pos(req) + at));
+    while (written < 0 && errno == EINTR);
+    return written == (ssize_t)length;
+}
+
 /* Bytes from a staged or any other copy of the whole block, for those of `pages` that the request still needs. The
  * filler calls this too, for a request that is parked with it. */
 void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes)
@@ -33,10 +49,18 @@ void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes)
         uint32_t first, last, start, end;
         next_run(&mask, &first, &last);
         span(req, first, last, &start, &end);
-        memcpy(req->data + (start - req->offset), block_bytes + start, end - start);
+        if (!req->direct)
+            memcpy(req->data + (start - req->offset), block_bytes + start, end - start);
+        else if (!write_into(req, block_bytes + start, end - start, start - req->offset)) {
+            req->result = -EIO; /* the driver took the request back: nobody gets it any more */
+            pages = req->need;
+            break;
+        }
     }
     req->need &= (uint16_t)~pages;
 }
+
+static const uint8_t zeros[TB_BLOCK_BYTES] __attribute__((aligned(TB_PAGE_BYTES)));
 
 static void put_zeros(tb_req *req, uint16_t mask)
 {
@@ -44,25 +68,39 @@ static void put_zeros(tb_req *req, uint16_t mask)
         uint32_t first, last, start, end;
         next_run(&mask, &first, &last);
         span(req, first, last, &start, &end);
-        memset(req->data + (start - req->offset), 0, end - start);
+        if (!req->direct) {
+            memset(req->data + (start - req->offset), 0, end - start);
+            continue;
+        }
+        struct io_uring_sqe *sqe = tb_sqe(&req->queue->ring);
+        io_uring_prep_write(sqe, 1, zeros, end - start, tb_copy_pos(req) + (start - req->offset));
+        sqe->flags |= IOSQE_FIXED_FILE;
+        sqe->user_data = tb_ud(req, UD_ZEROS, end - start);
+        req->inflight++;
     }
 }
 
 /* One SQE a run. Where the cache's disk wants more than sectors, the read is widened inside its own pages: the request's
- * data was laid out so that those bytes are the tag's own (begin of the request in tb_ublk, tb_local). */
+ * data was laid out so that those bytes are the tag's own (begin of the request in tb_ublk, tb_local). A direct request
+ * needs no widening, or it would not be one; its registered buffer has the number of its tag and begins at 0. */
 static void read_slot(tb_req *req, uint32_t slot, uint16_t mask)
 {
     tb_queue *queue = req->queue;
     uint32_t align = queue->engine->dio_align;
-    req->inflight = 0;
     while (mask) {
         uint32_t first, last, start, end;
         next_run(&mask, &first, &last);
         span(req, first, last, &start, &end);
-        start = start / align * align;
-        end = (uint32_t)tb_round_up(end, align);
         struct io_uring_sqe *sqe = tb_sqe(&queue->ring);
-        io_uring_prep_read(sqe, 0, req->data + (int64_t)start - req->offset, end - start, (uint64_t)slot * TB_BLOCK_BYTES + start);
+        if (req->direct)
+            io_uring_prep_read_fixed(sqe, 0, (void *)(uintptr_t)(start - req->offset), end - start,
+                                     (uint64_t)slot * TB_BLOCK_BYTES + start, req->tag);
+        else {
+            start = start / align * align;
+            end = (uint32_t)tb_round_up(end, align);
+            io_uring_prep_read(sqe, 0, req->data + (int64_t)start - req->offset, end - start,
+                               (uint64_t)slot * TB_BLOCK_BYTES + start);
+        }
         sqe->flags |= IOSQE_FIXED_FILE;
         sqe->user_data = tb_ud(req, UD_SLOT_READ, end - start);
         req->inflight++;
@@ -117,12 +155,14 @@ void tb_serve(tb_req *req)
         note_hit(layer->engine, entry);
     }
     tb_lock_give(stripe);
+    req->pinned = from_slot != 0;
+    req->all_zero = from_slot == 0;
+    req->inflight = 0;
     put_zeros(req, req->need & head.zero);
     if (from_slot)
         read_slot(req, head.slot, from_slot);
-    else {
+    if (!req->inflight) {
         req->need = 0;
-        req->all_zero = 1;
         tb_finish(req);
     }
 }
@@ -151,23 +191,32 @@ static void forget_block(tb_layer *layer, tb_entry *entry, uint64_t block)
         tb_slot_quarantine(engine, slot);
 }
 
-void tb_slot_read_done(tb_req *req, int result, uint32_t expected)
+/* What slot_failed remembers of a request's slot reads until the last of them is over. */
+enum { AGAIN = 1, BAD_SLOT = 2, BY_BUFFER = 4 };
+
+/* One of a request's reads or writes is over; true when it was the last. The entry is let go of then. */
+static bool last_done(tb_req *req)
 {
-    tb_layer *layer = req->queue->base;
-    if (result != (int)expected) {
-        req->slot_failed |= result == -EAGAIN || result == -EINTR ? 1 : 2;
-        TB_COUNT(&req->queue->stats.slot_errors, 1);
-    }
     if (--req->inflight)
-        return;
+        return false;
+    if (!req->pinned)
+        return true;
+    tb_layer *layer = req->queue->base;
     tb_entry *entry = &layer->entries[req->block];
     tb_lock *stripe = tb_stripe(layer, req->block);
     tb_lock_take(stripe);
     entry->readers--;
-    if (req->slot_failed & 2 && !entry->head.dirty)
+    if (req->slot_failed & BAD_SLOT && !entry->head.dirty)
         forget_block(layer, entry, req->block);
     tb_lock_give(stripe);
-    if (!req->slot_failed) {
+    return true;
+}
+
+static void finish_or_repeat(tb_req *req)
+{
+    if (req->slot_failed & BY_BUFFER)
+        req->direct = 0; /* through our own buffer, then: all of it, whatever is in the request's pages already */
+    if (!req->slot_failed || req->result < 0) {
         req->need = 0;
         tb_finish(req);
         return;
@@ -179,4 +228,26 @@ void tb_slot_read_done(tb_req *req, int result, uint32_t expected)
     }
     req->need = tb_pages_of(req->offset, req->length);
     tb_serve(req);
+}
+
+void tb_slot_read_done(tb_req *req, int result, uint32_t expected)
+{
+    if (req->direct && (result == -EINVAL || result == -EIO)) {
+        /* The disk cannot reach memory that lies like this; or a filesystem with checksums met pages that their owner
+         * changes while they are read, which is no fault of the slot. */
+        req->slot_failed |= BY_BUFFER;
+    } else if (result != (int)expected) {
+        req->slot_failed |= result == -EAGAIN || result == -EINTR ? AGAIN : BAD_SLOT;
+        TB_COUNT(&req->queue->stats.slot_errors, 1);
+    }
+    if (last_done(req))
+        finish_or_repeat(req);
+}
+
+void tb_zeros_done(tb_req *req, int result, uint32_t expected)
+{
+    if (result != (int)expected)
+        req->result = -EIO; /* see tb_put */
+    if (last_done(req))
+        finish_or_repeat(req);
 }

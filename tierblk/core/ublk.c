@@ -1,5 +1,11 @@
-/* Door: the kernel's ublk driver, plane `copy`. The driver copies a READ's bytes out of the tag's buffer when the
- * request is committed. Only the thread that fetched a tag may commit it, so all of this runs in the queue's thread. */
+/* Door: one hardware queue of the kernel's ublk driver. Only the thread that fetched a tag may commit it, so all of this
+ * runs in the queue's thread. Two planes:
+ *
+ *   copy       the tag has a buffer of ours; the driver copies a READ's bytes out of it at the commit
+ *   zero-copy  the driver registers the request's own pages as a fixed buffer of this thread's ring (AUTO_BUF_REG), into
+ *              which the slot is read; bytes out of memory are written through /dev/ublkcN (USER_COPY). A request whose
+ *              pages could not be registered, or that the cache's disk cannot read into, takes the tag's buffer and one
+ *              such write. */
 #define _GNU_SOURCE
 #include "core.h"
 
@@ -9,33 +15,42 @@ typedef struct {
     struct ublk_io_desc *descriptors;
     size_t mapped_bytes;
     int cdev_fd;
+    uint16_t q_id;
+    bool zero_copy;
     uint32_t fetching; /* tags that are with the driver or with us; those that it took back for good are not */
 } ublk_door;
 
-/* FETCH or COMMIT_AND_FETCH of a tag: the one place that knows how this plane passes its buffer. */
+/* FETCH or COMMIT_AND_FETCH of a tag: the one place that knows how a plane passes its buffer. */
 static void command(tb_queue *queue, tb_req *req, uint32_t op, int result)
 {
+    ublk_door *door = queue->door;
     struct io_uring_sqe *sqe = tb_sqe(&queue->ring);
-    io_uring_prep_rw(IORING_OP_URING_CMD, sqe, 1, NULL, 0, 0);
+    uint64_t registered = door->zero_copy ? req->tag | UBLK_AUTO_BUF_REG_FALLBACK : 0;
+    io_uring_prep_rw(IORING_OP_URING_CMD, sqe, 1, (void *)(uintptr_t)registered, 0, 0);
     sqe->flags |= IOSQE_FIXED_FILE;
     sqe->cmd_op = op;
     sqe->user_data = tb_ud(req, UD_DOOR, 0);
-    struct ublk_io_cmd payload = {.q_id = 0, .tag = req->tag, .result = result, .addr = (uintptr_t)req->buffer};
+    struct ublk_io_cmd payload = {
+        .q_id = door->q_id, .tag = req->tag, .result = result, .addr = door->zero_copy ? 0 : (uintptr_t)req->buffer};
     memcpy((uint8_t *)sqe + 48, &payload, sizeof payload);
 }
 
 static int ublk_start(tb_queue *queue)
 {
     ublk_door *door = queue->door;
+    size_t stride = tb_round_up(UBLK_MAX_DEPTH * sizeof *door->descriptors, TB_PAGE_BYTES);
     door->mapped_bytes = tb_round_up(queue->depth * sizeof *door->descriptors, TB_PAGE_BYTES);
-    void *p = mmap(NULL, door->mapped_bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, door->cdev_fd, 0);
+    void *p = mmap(NULL, door->mapped_bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, door->cdev_fd, (off_t)(door->q_id * stride));
     if (p == MAP_FAILED)
         return -errno;
     door->descriptors = p;
-    /* The driver copies into these at commit; not being allowed to lock them costs a page fault, no correctness. */
-    mlock(queue->buffers, (size_t)queue->depth * TB_BLOCK_BYTES);
     int files[2] = {queue->engine->slots_fd, door->cdev_fd};
     int rc = io_uring_register_files(&queue->ring, files, 2);
+    if (rc == 0 && door->zero_copy)
+        rc = io_uring_register_buffers_sparse(&queue->ring, queue->depth);
+    else if (rc == 0)
+        /* The driver copies into these at commit; not being allowed to lock them costs a page fault, no correctness. */
+        mlock(queue->buffers, (size_t)queue->depth * TB_BLOCK_BYTES);
     if (rc < 0)
         return rc;
     for (uint16_t tag = 0; tag < queue->depth; tag++)
@@ -46,10 +61,30 @@ static int ublk_start(tb_queue *queue)
 
 static void commit(tb_queue *queue, tb_req *req)
 {
+    ublk_door *door = queue->door;
     int result = req->result < 0 ? req->result : (int)req->length; /* full length or an errno, never short */
-    if (req->result >= 0 && req->data != req->buffer)
-        memmove(req->buffer, req->data, req->length);
-    command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, result);
+    if (result <= 0 || req->direct) {
+        command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, result);
+        return;
+    }
+    if (!door->zero_copy) {
+        if (req->data != req->buffer)
+            memmove(req->buffer, req->data, req->length);
+        command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, result);
+        return;
+    }
+    struct io_uring_sqe *sqe = tb_sqe(&queue->ring);
+    io_uring_prep_write(sqe, 1, req->data, req->length, tb_copy_pos(req));
+    sqe->flags |= IOSQE_FIXED_FILE;
+    sqe->user_data = tb_ud(req, UD_DOOR_COPY, req->length);
+    TB_COUNT(&queue->stats.bounced, 1);
+}
+
+static void copied(tb_queue *queue, tb_req *req, int result)
+{
+    if (result != (int)req->length)
+        TB_COUNT(&queue->stats.errors, 1); /* the driver took it back; it was counted as answered before */
+    command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, result == (int)req->length ? result : -EIO);
 }
 
 /* A request has come. The device announces chunk_sectors = one block, so it never crosses a block; a driver that breaks
@@ -59,9 +94,11 @@ static void begin(tb_queue *queue, tb_req *req)
     ublk_door *door = queue->door;
     struct ublk_io_desc desc = door->descriptors[req->tag];
     uint64_t start = desc.start_sector * TB_SECTOR;
+    uint32_t align = queue->engine->dio_align;
     req->result = 0;
-    req->tries = req->missed = req->slot_failed = req->all_zero = 0;
+    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = 0;
     req->since_ms = 0;
+    req->began = queue->now;
     req->length = 0;
     TB_COUNT(&queue->stats.active, 1);
     if ((desc.op_flags & 0xff) != UBLK_OP_READ) { /* a read-only device: nothing else carries data here */
@@ -77,7 +114,8 @@ static void begin(tb_queue *queue, tb_req *req)
         tb_finish(req);
         return;
     }
-    req->data = req->buffer + (queue->engine->dio_align > TB_SECTOR ? req->offset % TB_PAGE_BYTES : 0);
+    req->direct = door->zero_copy && !(desc.op_flags & UBLK_IO_F_NEED_REG_BUF) && (req->offset | req->length) % align == 0;
+    req->data = req->buffer + (align > TB_SECTOR ? req->offset % TB_PAGE_BYTES : 0);
     req->need = tb_pages_of(req->offset, req->length);
     tb_serve(req);
 }
@@ -85,6 +123,10 @@ static void begin(tb_queue *queue, tb_req *req)
 static void ublk_event(tb_queue *queue, uint64_t user_data, int result)
 {
     ublk_door *door = queue->door;
+    if (tb_ud_kind(user_data) == UD_DOOR_COPY) {
+        copied(queue, tb_ud_pointer(user_data), result);
+        return;
+    }
     if (result == 0 && TB_LOAD(&queue->leaving))
         return; /* the driver has it again as soon as we are gone */
     if (result == 0) {
@@ -117,14 +159,18 @@ static const tb_door_ops ops = {
     .may_drop = true,
 };
 
-/* Queue 0 of a device after SET_PARAMS and before START_DEV. cdev_fd is /dev/ublkcN, opened O_NONBLOCK; it stays the
- * caller's to close, after tb_door_close. */
-int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint16_t depth, uint32_t dev_id, tb_queue **out)
+/* Hardware queue q_id of a device after SET_PARAMS and before START_DEV. cdev_fd is /dev/ublkcN, opened O_NONBLOCK; it
+ * stays the caller's to close, after tb_door_close. zero_copy: what ADD_DEV granted, AUTO_BUF_REG with USER_COPY. cpus: a bit
+ * a processor, where its thread shall run; none for anywhere. */
+int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
+                 const uint8_t *cpus, size_t cpus_bytes, tb_queue **out)
 {
     ublk_door *door = calloc(1, sizeof *door);
     if (!door)
         return -ENOMEM;
     door->cdev_fd = cdev_fd;
+    door->q_id = q_id;
+    door->zero_copy = zero_copy != 0;
     tb_queue *queue;
     int rc = tb_queue_new(engine, base, depth, &ops, door, &queue);
     if (rc) {
@@ -132,6 +178,11 @@ int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint16_t depth,
         return rc;
     }
     queue->id = dev_id;
+    queue->number = q_id;
+    queue->cpus = cpus;
+    queue->cpus_bytes = cpus_bytes;
+    queue->copy_fd = zero_copy ? cdev_fd : -1;
+    queue->copy_pos = UBLK_COPY_BASE + ((uint64_t)q_id << UBLK_COPY_QUEUE_SHIFT);
     rc = tb_queue_start(queue);
     if (rc == 0)
         *out = queue;

@@ -22,6 +22,8 @@ F_UPDATE_SIZE = 1 << 10
 F_AUTO_BUF_REG = 1 << 11
 F_SAFE_STOP_DEV = 1 << 17
 F_NO_AUTO_PART_SCAN = 1 << 18
+F_ZERO_COPY = F_SUPPORT_ZERO_COPY | F_USER_COPY | F_AUTO_BUF_REG
+"""What plane zero-copy needs, all of it (Linux 6.16)."""
 
 FEATURE_NAMES = {
     F_SUPPORT_ZERO_COPY: "SUPPORT_ZERO_COPY",
@@ -36,6 +38,7 @@ FEATURE_NAMES = {
 
 STATE_DEAD, STATE_LIVE, STATE_QUIESCED, STATE_FAIL_IO = 0, 1, 2, 3
 
+_GET_QUEUE_AFFINITY = 0x80207501
 _GET_DEV_INFO = 0x80207502
 _ADD_DEV = 0xC0207504
 _START_DEV = 0xC0207506
@@ -51,7 +54,9 @@ _ALL_QUEUES = 0xFFFF
 _NEW_ID = 0xFFFFFFFF
 _INFO = struct.Struct("<HHHHIIiIQQII16x")  # ublksrv_ctrl_dev_info, 64 bytes
 _BASIC = struct.Struct("<IIIBBBBIIQQ")  # ublk_params up to and with ublk_param_basic, 40 bytes
-_PARAM_TYPE_BASIC = 1
+_DMA_ALIGN = struct.Struct("<68xI4x")  # what lies between, and ublk_param_dma_align, to byte 116
+_PARAM_TYPE_BASIC, _PARAM_TYPE_DMA_ALIGN = 1 << 0, 1 << 4
+_AFFINITY_BYTES = 1024  # 8192 processors
 _ATTR_READ_ONLY = 1
 
 QUICK_MS = 10_000
@@ -102,23 +107,40 @@ def _info(payload: bytearray) -> DeviceInfo:
 
 
 def add_dev(
-    *, queue_depth: int, max_io_bytes: int, flags: int, stamp: int, dev_id: int | None = None
+    *, queues: int, queue_depth: int, max_io_bytes: int, flags: int, stamp: int, dev_id: int | None = None
 ) -> DeviceInfo:
-    """ADD_DEV with one queue. Unknown flags are cleared silently by the driver: use what is returned."""
+    """ADD_DEV. Unknown flags are cleared silently by the driver, and it makes no more queues than there are
+    processors: use what is returned."""
     wanted = _NEW_ID if dev_id is None else dev_id
-    payload = bytearray(_INFO.pack(1, queue_depth, 0, 0, max_io_bytes, wanted, -1, 0, flags, stamp, 0, 0))
+    payload = bytearray(
+        _INFO.pack(queues, queue_depth, 0, 0, max_io_bytes, wanted, -1, 0, flags, stamp, 0, 0)
+    )
     _control(_ADD_DEV, wanted, payload, 0, QUICK_MS, "ADD_DEV")
     return _info(payload)
 
 
-def set_params(dev_id: int, *, size_bytes: int, block_bytes: int, read_only: bool) -> None:
-    """SET_PARAMS: 512-byte logical and 4096-byte physical blocks; no request crosses `block_bytes`."""
+def queue_cpus(dev_id: int, q_id: int) -> bytes:
+    """GET_QUEUE_AFFINITY: a mask of the processors whose requests come to this queue."""
+    payload = bytearray(_AFFINITY_BYTES)
+    what = f"GET_QUEUE_AFFINITY of device {dev_id}"
+    _control(_GET_QUEUE_AFFINITY, dev_id, payload, q_id, QUICK_MS, what)
+    return bytes(payload.rstrip(b"\0"))
+
+
+def set_params(
+    dev_id: int, *, size_bytes: int, block_bytes: int, read_only: bool, memory_align_bytes: int | None = None
+) -> None:
+    """SET_PARAMS: 512-byte logical and 4096-byte physical blocks; no request crosses `block_bytes`.
+    memory_align_bytes: what requests' pages have to be aligned to at least, a power of two below 4096."""
     attrs = _ATTR_READ_ONLY if read_only else 0
     sectors = block_bytes // 512
-    basic = _BASIC.pack(
-        _BASIC.size, _PARAM_TYPE_BASIC, attrs, 9, 12, 16, 12, sectors, sectors, size_bytes // 512, 0
-    )
-    _control(_SET_PARAMS, dev_id, bytearray(basic), 0, QUICK_MS, f"SET_PARAMS of device {dev_id}")
+    types, tail = _PARAM_TYPE_BASIC, b""
+    if memory_align_bytes is not None:
+        types |= _PARAM_TYPE_DMA_ALIGN
+        tail = _DMA_ALIGN.pack(memory_align_bytes - 1)
+    size = _BASIC.size + len(tail)
+    basic = _BASIC.pack(size, types, attrs, 9, 12, 16, 12, sectors, sectors, size_bytes // 512, 0)
+    _control(_SET_PARAMS, dev_id, bytearray(basic + tail), 0, QUICK_MS, f"SET_PARAMS of device {dev_id}")
 
 
 def start_dev(dev_id: int, *, pid: int, timeout_ms: int) -> None:

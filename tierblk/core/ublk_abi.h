@@ -9,6 +9,17 @@
 #define UBLK_IO_COMMIT_AND_FETCH_REQ 0xc0107521u
 #define UBLK_MAX_DEPTH 4096u
 
+/* Flags of a descriptor, beside its operation. */
+#define UBLK_IO_F_NEED_REG_BUF (1u << 17)
+
+/* AUTO_BUF_REG, in sqe->addr of FETCH and COMMIT: the buffer's number in bits 0-15; FALLBACK: when it cannot be
+ * registered the request comes nevertheless, with NEED_REG_BUF. */
+#define UBLK_AUTO_BUF_REG_FALLBACK (1ull << 16)
+
+/* Positions in /dev/ublkcN that are bytes of requests. */
+#define UBLK_COPY_BASE 0x80000000ull
+#define UBLK_COPY_QUEUE_SHIFT 41
+
 enum { UBLK_OP_READ = 0, UBLK_OP_WRITE = 1, UBLK_OP_FLUSH = 2, UBLK_OP_DISCARD = 3, UBLK_OP_WRITE_ZEROES = 5 };
 
 struct ublk_io_desc {
