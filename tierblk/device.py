@@ -188,7 +188,9 @@ class Device:
         flags = flags_wanted(self.config.device, granted)
 
         def add() -> None:
-            info = self._add_dev(flags, wanted_id)
+            tags_used = self._home.engine.stats()["tags"]
+            queues = queues_wanted(self.config.device, granted, tags_used)
+            info = self._add_dev(queues, flags, wanted_id)
             self.dev_id, self.flags = info.dev_id, info.flags
             self._queues, self.plane = info.queues, plane_of(info.flags)
             if self.config.device.plane not in ("auto", self.plane):
@@ -214,13 +216,13 @@ class Device:
         if self.config.device.recovery and not self.outlives_daemon:
             self.warnings.append("this kernel's ublk cannot keep a device when its daemon ends")
 
-    def _add_dev(self, flags: int, wanted_id: int | None) -> ublk.DeviceInfo:
+    def _add_dev(self, queues: int, flags: int, wanted_id: int | None) -> ublk.DeviceInfo:
         """Blocks. A number that was just deleted is free only when the last file of the old device is."""
         deadline = time.monotonic() + _ID_S
         while True:
             try:
                 return ublk.add_dev(
-                    queues=queues_wanted(self.config.device, self._home.engine.stats()["tags"]),
+                    queues=queues,
                     queue_depth=self._queue_depth,
                     max_io_bytes=BLOCK_BYTES,
                     flags=flags,

@@ -36,8 +36,14 @@ def flags_wanted(settings: DeviceSettings, features: int) -> int:
     return flags
 
 
-def queues_wanted(settings: DeviceSettings, tags_used: int) -> int:
-    """tags_used: requests that the daemon's other devices may have in flight."""
+def queues_wanted(settings: DeviceSettings, features: int, tags_used: int) -> int:
+    """tags_used: requests that the daemon's other devices may have in flight.
+
+    Before 6.16 (PER_IO_DAEMON) a hand-over of a device with two queues hangs (seen on 6.12): such a kernel
+    gets one, whatever is asked for.
+    """
+    if not features & ublk.F_PER_IO_DAEMON:
+        return 1
     if settings.queues != "auto":
         return settings.queues
     share = (MAX_TAGS - tags_used) // TAGS_SHARE // settings.queue_depth
