@@ -11,8 +11,9 @@ from tierblk.core import MAX_TAGS, ublk
 if TYPE_CHECKING:
     from tierblk.config import DeviceSettings
 
-QUEUES_MAX = 4
-"""With device.queues = "auto": one serves some 200,000 requests a second, and each is a thread."""
+QUEUES_MAX = 1
+"""With device.queues = "auto": one serves some 200,000 requests a second. More are for who asks, until it is
+measured what they bring."""
 
 TAGS_SHARE = 16
 """And it takes at most this part of the requests that the daemon has left, so that others can come."""
