@@ -6,17 +6,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from tierblk.core import MAX_TAGS, ublk
+from tierblk.core import ublk
 
 if TYPE_CHECKING:
     from tierblk.config import DeviceSettings
-
-QUEUES_MAX = 1
-"""With device.queues = "auto": one serves some 200,000 requests a second. More are for who asks, until it is
-measured what they bring."""
-
-TAGS_SHARE = 16
-"""And it takes at most this part of the requests that the daemon has left, so that others can come."""
 
 MEMORY_ALIGN_BYTES = 512
 """Of requests' pages on plane zero-copy: the cache's disk puts its data straight into them."""
@@ -37,18 +30,15 @@ def flags_wanted(settings: DeviceSettings, features: int) -> int:
     return flags
 
 
-def queues_wanted(settings: DeviceSettings, features: int, tags_used: int) -> int:
-    """tags_used: requests that the daemon's other devices may have in flight.
+def queues_wanted(settings: DeviceSettings, features: int) -> int:
+    """For ADD_DEV. More than one are for who asks, until it is measured what they bring.
 
     Before 6.16 (PER_IO_DAEMON) a hand-over of a device with two queues hangs (seen on 6.12): such a kernel
     gets one, whatever is asked for.
     """
-    if not features & ublk.F_PER_IO_DAEMON:
+    if settings.queues == "auto" or not features & ublk.F_PER_IO_DAEMON:
         return 1
-    if settings.queues != "auto":
-        return settings.queues
-    share = (MAX_TAGS - tags_used) // TAGS_SHARE // settings.queue_depth
-    return max(1, min(QUEUES_MAX, len(os.sched_getaffinity(0)), share))
+    return settings.queues
 
 
 def cpus_of(dev_id: int, queues: int) -> list[bytes]:

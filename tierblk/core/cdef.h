@@ -51,7 +51,7 @@ typedef struct {
 
 typedef struct {
     uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, slot_write_calls, zero_blocks;
-    uint64_t evicted, passed_blocks, expired, tags;
+    uint64_t evicted, passed_blocks, expired;
 } tb_cache_stats;
 
 /* Latencies of requests, from the turn in which they came to the one in which they were done: how many, by tier and by

@@ -173,7 +173,6 @@ void tb_engine_stats(tb_engine *e, tb_cache_stats *out)
     out->quarantined = TB_LOAD(&e->quarantined);
     out->bad = TB_LOAD(&e->bad);
     out->probation = TB_LOAD(&e->probation);
-    out->tags = TB_LOAD(&e->tags);
     out->fills = 0;
     for (uint32_t i = 0; i < __atomic_load_n(&e->fills_used, __ATOMIC_ACQUIRE); i++)
         out->fills += __atomic_load_n(&e->fills[i].state, __ATOMIC_RELAXED) != FILL_FREE;
