@@ -8,8 +8,9 @@ request. At most what came along with the head is copied. TLS works the same way
 decrypts into what get_buffer returns.
 
 This rests on private names of aiohttp: BaseConnector._factory, and _get and _conns (for reads that want a new
-connection); ResponseHandler._parser, _payload and _reschedule_timeout; and on set_response_params beginning
-each exchange and feed_data ending each head. So aiohttp is pinned to one release, `fault` tries the whole
+connection); ResponseHandler._parser, _payload, _read_timeout, _read_timeout_handle, _reschedule_timeout,
+_drop_timeout and _on_read_timeout; and on set_response_params beginning each exchange and feed_data ending each
+head. So aiohttp is pinned to one release, `fault` tries the whole
 path in memory before it is used, and whoever does not find the body in the sink reads it the ordinary way.
 """
 
@@ -115,6 +116,37 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
         self._in_head = False  # an exchange with a sink has begun, its head is not complete
         self._head = bytearray()
         self._message: Any = None
+        self._listens = False  # silence counts
+        self._heard_s = 0.0
+
+    # aiohttp makes a timer anew for every piece that comes, four for the smallest answer. Here there is one,
+    # which looks back when it rings, and goes on over the exchanges of the connection.
+
+    def _reschedule_timeout(self) -> None:
+        self._listens = True
+        self._heard_s = self._loop.time()
+        if self._read_timeout_handle is None and self._read_timeout:
+            self._read_timeout_handle = self._loop.call_later(self._read_timeout, self._on_read_timeout)
+
+    def _drop_timeout(self) -> None:
+        self._listens = False
+        if self.transport is None or self.transport.is_closing():
+            super()._drop_timeout()
+
+    def _on_read_timeout(self) -> None:
+        self._read_timeout_handle = None
+        if not self._listens or not self._read_timeout:
+            return
+        rest_s = self._heard_s + self._read_timeout - self._loop.time()
+        if rest_s > 0:
+            self._read_timeout_handle = self._loop.call_later(rest_s, self._on_read_timeout)
+        else:
+            super()._on_read_timeout()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The end of the connection: no timer outlives it."""
+        super().connection_lost(exc)
+        super()._drop_timeout()
 
     def set_response_params(self, **params: Any) -> None:
         """An exchange begins on this connection."""

@@ -49,6 +49,13 @@ class _Stream:
     ahead_block: int = 0  # behind the last block that was fetched ahead
     mark: int = -1
 
+    def continues(self, first_page: int, stop_page: int) -> bool:
+        """Whether these pages do: they begin close to its end, or in what was fetched ahead."""
+        begin = self.next_page - (PAGES_PER_BLOCK if self.window_blocks else 0)
+        whole = -(-self.next_page // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
+        end = max(whole, self.ahead_block * PAGES_PER_BLOCK) + _GAP_PAGES
+        return begin <= first_page < end and stop_page >= self.next_page - PAGES_PER_BLOCK
+
 
 class Streams:
     """The readers of one layer, as far as their misses and marks show them."""
@@ -96,13 +103,13 @@ class Streams:
         return self._ahead(number, stream)
 
     def _find(self, first_page: int, stop_page: int) -> int | None:
-        """The stream that these pages continue: they begin close to its end, or in what was fetched ahead."""
-        for number in reversed(self._streams):
-            stream = self._streams[number]
-            begin = stream.next_page - (PAGES_PER_BLOCK if stream.window_blocks else 0)
-            whole = -(-stream.next_page // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
-            end = max(whole, stream.ahead_block * PAGES_PER_BLOCK) + _GAP_PAGES
-            if begin <= first_page < end and stop_page >= stream.next_page - PAGES_PER_BLOCK:
+        """The stream that these pages continue, of several the one heard of last. Nearly all are far away,
+        and scattered reads come here at each miss: a look at two numbers rules those out."""
+        low, high = first_page - PAGES_PER_BLOCK - _GAP_PAGES, first_page + PAGES_PER_BLOCK
+        for number, stream in reversed(self._streams.items()):
+            if stream.next_page > high or max(stream.next_page, stream.ahead_block * PAGES_PER_BLOCK) <= low:
+                continue
+            if stream.continues(first_page, stop_page):
                 return number
         return None
 

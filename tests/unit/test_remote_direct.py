@@ -18,7 +18,7 @@ HEAD = (
     % len(BODY)
 )
 EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
-PRIVATE_NAMES = ["_parser", "_payload", "_reschedule_timeout"]
+PRIVATE_NAMES = ["_parser", "_payload", "_read_timeout", "_read_timeout_handle", "_loop"]
 
 
 class Wire:
@@ -238,3 +238,88 @@ async def test_bytes_without_a_request_end_the_connection() -> None:
     assert exchange.wire.is_closing()
     assert not exchange.handler.is_connected(), "the pool drops it"
     exchange.end()
+
+
+class Clock:
+    """A loop's timers, and a time that goes on when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.made = 0
+        self._timers = list[tuple[float, Any, "Clock.Timer"]]()
+
+    class Timer:
+        cancelled = False
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    def time(self) -> float:
+        return self.now_s
+
+    def call_later(self, delay_s: float, callback: Any) -> Clock.Timer:
+        timer = Clock.Timer()
+        self.made += 1
+        self._timers.append((self.now_s + delay_s, callback, timer))
+        return timer
+
+    def go_on(self, until_s: float) -> None:
+        """To that time; every timer rings at its own."""
+        while due := [entry for entry in self._timers if entry[0] <= until_s and not entry[2].cancelled]:
+            first = min(due, key=lambda entry: entry[0])
+            self._timers.remove(first)
+            self.now_s = first[0]
+            first[1]()
+        self.now_s = until_s
+
+    @property
+    def waiting(self) -> int:
+        return sum(not timer.cancelled for _, _, timer in self._timers)
+
+
+async def _timed() -> tuple[Exchange, Clock]:
+    exchange, clock = Exchange(), Clock()
+    exchange.handler._loop = clock  # type: ignore[assignment]  # all that a timer needs of a loop
+    exchange.handler.start_timeout()
+    return exchange, clock
+
+
+async def test_silence_counts_from_the_last_piece() -> None:
+    exchange, clock = await _timed()
+    for until_s in (29.0, 58.0, 87.0):
+        clock.go_on(until_s)
+        exchange.receive(HEAD if until_s == 29.0 else BODY[:100])
+    clock.go_on(116.9)
+    assert exchange.handler.exception() is None
+    clock.go_on(117.0)
+    assert isinstance(exchange.handler.exception(), TimeoutError)
+
+
+async def test_exchanges_share_a_timer_and_silence_between_them_is_none() -> None:
+    exchange, clock = await _timed()
+    for _ in range(3):
+        exchange.receive(HEAD + BODY)
+        exchange.begin()
+        exchange.handler.start_timeout()
+    exchange.receive(HEAD + BODY)
+    assert clock.made == 1
+    clock.go_on(1000.0)
+    assert exchange.handler.exception() is None
+    assert clock.waiting == 0
+    exchange.begin()
+    exchange.handler.start_timeout()
+    clock.go_on(1029.0)
+    assert exchange.handler.exception() is None
+    clock.go_on(1030.0)
+    assert isinstance(exchange.handler.exception(), TimeoutError)
+
+
+@pytest.mark.parametrize("end", ["lost", "aborted"])
+async def test_no_timer_outlives_its_connection(end: str) -> None:
+    exchange, clock = await _timed()
+    exchange.receive(HEAD)
+    if end == "aborted":
+        exchange.wire.abort = exchange.wire.close  # type: ignore[attr-defined]
+        exchange.handler.abort()
+    exchange.handler.connection_lost(None)
+    assert clock.waiting == 0
