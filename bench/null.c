@@ -40,7 +40,7 @@ int null_open(int cdev_fd, uint64_t size_bytes, uint16_t depth, uint32_t dev_id,
     layer->engine = engine;
     layer->size_bytes = size_bytes;
     no_buffers = user_copy;
-    int rc = tb_ublk_open(engine, layer, cdev_fd, dev_id, 0, depth, 0, NULL, 0, out);
+    int rc = tb_ublk_open(engine, layer, cdev_fd, dev_id, 0, depth, 0, 0, NULL, 0, out);
     if (rc) {
         free(engine);
         free(layer);

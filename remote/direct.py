@@ -9,9 +9,9 @@ decrypts into what get_buffer returns.
 
 This rests on private names of aiohttp: BaseConnector._factory, and _get and _conns (for reads that want a new
 connection); ResponseHandler._parser, _payload, _read_timeout, _read_timeout_handle, _reschedule_timeout,
-_drop_timeout and _on_read_timeout; and on set_response_params beginning each exchange and feed_data ending each
-head. So aiohttp is pinned to one release, `fault` tries the whole
-path in memory before it is used, and whoever does not find the body in the sink reads it the ordinary way.
+_drop_timeout and _on_read_timeout; and on set_response_params beginning each exchange and feed_data ending
+each head. So aiohttp is pinned to one release, `fault` tries the whole path in memory before it is used, and
+whoever does not find the body in the sink reads it the ordinary way.
 """
 
 from __future__ import annotations

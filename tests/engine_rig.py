@@ -47,10 +47,12 @@ class Rig:
         *,
         dio_align_bytes: int = 512,
         map_directory: Path | None = None,
+        hot_bytes: int = 0,
     ) -> None:
         self.image = image
         self.slots = slots
         self.dio_align_bytes = dio_align_bytes
+        self.hot_bytes = hot_bytes
         self.slots_path, self.sums_path = directory / "slots", directory / "sums"
         # Where the machine has a tmpfs the map is there, as in production.
         if map_directory is None:
@@ -93,7 +95,7 @@ class Rig:
             for row, packed in self.index.items():
                 self.layer.load_row(row, packed)
         self.engine.finish_load()
-        self.door = LocalDoor(self.engine, self.layer, queue_depth=16)
+        self.door = LocalDoor(self.engine, self.layer, queue_depth=16, hot_bytes=self.hot_bytes)
         self.pieces = 0
         self.refused = False
         self.asked: dict[int, Record] = {}

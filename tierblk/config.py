@@ -247,6 +247,7 @@ class DeviceSettings(Settings):
     plane: Literal["auto", "copy", "zero-copy"] = "auto"
     queues: Annotated[int | Literal["auto"], _queues] = "auto"
     queue_depth: Annotated[int, _integer(1, 1024)] = 64
+    hot_memory: Annotated[int, _size(0, 64 * GIB, 8 * BLOCK_BYTES)] = 0
     on_outage: Patience = math.inf
     recovery: Annotated[bool, BeforeValidator(_boolean)] = True
 

@@ -282,6 +282,7 @@ class Device:
                 queue_depth=self._queue_depth,
                 cpus=cpus_of(self.dev_id, self._queues),
                 zero_copy=self.plane == "zero-copy",
+                hot_bytes=self.config.device.hot_memory,
             )
             self._serving = set(door.end_fds)
             for end_fd in door.end_fds:
@@ -444,6 +445,7 @@ class Device:
             "config_path": str(self.config.path),
             "queues": self._queues,
             "queue_depth": self._queue_depth,
+            "hot_memory_bytes": self.config.device.hot_memory,
             "on_outage": show_patience(self.config.device.on_outage),
             "recovery": self.outlives_daemon,
             "read_only": True,
@@ -466,6 +468,7 @@ _SHOWN_STATS = (
     "oldest_wait_ms",
     "enters",
     "bounced",
+    "memory_requests",
 )
 
 

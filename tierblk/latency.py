@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TIERS = ("hit", "zero", "miss")
+TIERS = ("hit", "zero", "miss", "memory")
+"""memory: hits in the memory tier, without the driver's copy into the request; hit: the others."""
 
 
 def lower_bound_ticks(bucket: int) -> int:

@@ -51,6 +51,8 @@ NO_TOKEN = 0xFFFFFFFF
 GARBAGE = b"\xa5" * BLOCK_BYTES
 # Two doors to one layer, and depths at which calls wait for a tag.
 DOORS = {"a": 3, "a'": 16, "b": 6}
+HOT_BYTES = {"a'": 8 * BLOCK_BYTES}
+"""Of the doors that have a memory tier."""
 T = TypeVar("T")
 Place = tuple[str, int]  # image, block
 
@@ -163,7 +165,9 @@ class Daemon:
     # -- doors and reads ---
 
     def open_door(self, door: str) -> None:
-        self.doors[door] = LocalDoor(self.engine, self.layers[door[0]], queue_depth=DOORS[door])
+        self.doors[door] = LocalDoor(
+            self.engine, self.layers[door[0]], queue_depth=DOORS[door], hot_bytes=HOT_BYTES.get(door, 0)
+        )
         self.pieces[door] = 0
         self.drained.discard(door)
         self.hasty.discard(door)

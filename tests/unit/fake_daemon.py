@@ -71,6 +71,9 @@ class FakeDaemon:
             "config_path": str(config.path),
             "queues": 2,
             "queue_depth": config.device.queue_depth,
+            "hot_memory_bytes": config.device.hot_memory,
+            "hit_requests": 60,
+            "memory_requests": 15,
             "latencies": {
                 "hit": {"requests": 60, "p50_us": 81.25, "p99_us": 640.0, "p99.9_us": 900.0},
                 "zero": {"requests": 0, "p50_us": None, "p99_us": None, "p99.9_us": None},

@@ -264,11 +264,18 @@ class TestListAndStatus:
         assert "copy, 2 queues, each 64 requests deep" in text
         assert "half within 81.2 us, 99 % within 640 us" in text
         assert "half within 21.5 ms, 99 % within 1.25 s" in text
+        assert "hot blocks" not in text
         device = cli("status", "a", "--json").json
         assert {"name", "path", "plane", "size_bytes", "hit_bytes", "miss_bytes", "fetched_bytes"} <= set(
             device
         )
         assert {"requests", "errors", "state", "reason"} <= set(device)
+
+    def test_status_of_one_with_a_memory_tier(self, cli: Cli) -> None:
+        config = cli.config("a")
+        config.write_text(config.read_text().replace('"a"\n', '"a"\nhot_memory = "16MiB"\n', 1))
+        cli("attach", config)
+        assert "16 MiB for hot blocks, 25 % of the requests among them" in cli("status", "a").out
 
     def test_a_reason_is_shown_and_cannot_steer_the_terminal(self, cli: Cli) -> None:
         cli("attach", cli.config("ill"))

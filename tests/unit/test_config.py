@@ -91,7 +91,8 @@ def test_all_faults_at_once() -> None:
         "device.name: must be 1 to 32 of a-z, 0-9, dot, underscore and dash, beginning with a letter or a "
         'digit, is "Debian X"',
         'device.plane: must be "auto" or "copy" or "zero-copy", is "warp"',
-        "device.queue_dept: unknown key (known here: name, on_outage, plane, queue_depth, queues, recovery); "
+        "device.queue_dept: unknown key "
+        "(known here: hot_memory, name, on_outage, plane, queue_depth, queues, recovery); "
         "did you mean queue_depth?",
         "devices: unknown table or key (known here: base, cache, daemon, device, remote); "
         "did you mean device?",
@@ -117,6 +118,8 @@ def test_an_empty_document_names_all_that_is_required() -> None:
         ("device", "name", "a\n", "must be 1 to 32"),
         ("device", "name", 5, "must be a string, is 5 (an integer)"),
         ("device", "queue_depth", 0, "must be at least 1, is 0"),
+        ("device", "hot_memory", "65GiB", "must be at most 64GiB, is 65GiB"),
+        ("device", "hot_memory", "100KiB", "must be a multiple of 512KiB, is 100KiB"),
         ("device", "queues", 0, "must be at least 1, is 0"),
         ("device", "queues", "two", 'must be "auto" or an integer, is "two" (a string)'),
         ("device", "queue_depth", 1025, "must be at most 1024, is 1025"),

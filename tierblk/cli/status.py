@@ -115,6 +115,10 @@ def _put_device(device: dict[str, Any]) -> None:
     put(f"  plane     {device.get('plane')}, {shape}")
     put(f"  read      {format_size(hit + miss + zero)} in {number.get('requests', 0)} requests")
     put(f"  hits      {format_size(hit)} ({hit_ratio(hit, miss)}){_latency(device, 'hit')}")
+    if hot := number.get("hot_memory_bytes", 0):
+        hits, quick = number.get("hit_requests", 0), number.get("memory_requests", 0)
+        share = f", {quick * 100 // hits} % of the requests among them" if hits else ""
+        put(f"  memory    {format_size(hot)} for hot blocks{share}")
     put(f"  misses    {format_size(miss)}{_latency(device, 'miss')}")
     fetched, gets = number.get("fetched_bytes", 0), number.get("remote_requests", 0)
     put(f"  fetched   {format_size(fetched)} in {gets} requests to the remote")

@@ -296,7 +296,7 @@ class Door:
         return {**total, "oldest_wait_ms": max(stats["oldest_wait_ms"] for stats in each)}
 
     def latencies(self) -> list[list[int]]:
-        """For each tier (hit, zero, miss) how many requests, by bucket (cdef.h)."""
+        """For each tier (hit, zero, miss, memory) how many requests, by bucket (cdef.h)."""
         total = [[0] * lib.TB_LATENCY_BUCKETS for _ in range(lib.TB_TIERS)]
         out = ffi.new("uint64_t[]", lib.TB_TIERS * lib.TB_LATENCY_BUCKETS)
         for queue in self.queues:
@@ -349,9 +349,10 @@ class UblkDoor(Door):
         queue_depth: int,
         cpus: Sequence[bytes],
         zero_copy: bool,
+        hot_bytes: int = 0,
     ) -> None:
         """cpus: for each queue a mask of the processors that its thread may run on, b"" for any.
-        zero_copy: what ADD_DEV has granted."""
+        zero_copy: what ADD_DEV has granted. hot_bytes: of the memory tier of all queues together."""
         super().__init__([], queue_depth)
         try:
             for q_id, mask in enumerate(cpus):
@@ -364,6 +365,7 @@ class UblkDoor(Door):
                     q_id,
                     queue_depth,
                     zero_copy,
+                    hot_bytes // len(cpus),
                     mask,
                     len(mask),
                     out,
@@ -381,9 +383,10 @@ class UblkDoor(Door):
 class LocalDoor(Door):
     """Reads from this process. Raises OSError."""
 
-    def __init__(self, engine: Engine, base: Layer, *, queue_depth: int = 16) -> None:
+    def __init__(self, engine: Engine, base: Layer, *, queue_depth: int = 16, hot_bytes: int = 0) -> None:
         out = ffi.new("tb_queue **")
-        check(lib.tb_local_open(engine.handle, base.handle, queue_depth, out), "cannot open a local door")
+        rc = lib.tb_local_open(engine.handle, base.handle, queue_depth, hot_bytes, out)
+        check(rc, "cannot open a local door")
         super().__init__([out[0]], queue_depth)
 
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
@@ -395,9 +398,11 @@ class LocalDoor(Door):
 
 
 @contextmanager
-def local_door(engine: Engine, base: Layer, *, queue_depth: int = 16) -> Iterator[LocalDoor]:
+def local_door(
+    engine: Engine, base: Layer, *, queue_depth: int = 16, hot_bytes: int = 0
+) -> Iterator[LocalDoor]:
     """A local door for a while; at the end its misses are drained, so it closes whatever the remote does."""
-    door = LocalDoor(engine, base, queue_depth=queue_depth)
+    door = LocalDoor(engine, base, queue_depth=queue_depth, hot_bytes=hot_bytes)
     try:
         yield door
     finally:

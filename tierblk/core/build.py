@@ -12,6 +12,7 @@ SOURCES = [
     "slots.c",
     "map.c",
     "serve.c",
+    "hot.c",
     "fill.c",
     "wait.c",
     "write.c",

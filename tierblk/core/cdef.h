@@ -46,7 +46,7 @@ typedef struct {
 
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
-    uint64_t slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
+    uint64_t memory_requests, slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
 } tb_stats;
 
 typedef struct {
@@ -59,7 +59,8 @@ typedef struct {
 #define TB_TIER_HIT 0
 #define TB_TIER_ZERO 1
 #define TB_TIER_MISS 2
-#define TB_TIERS 3
+#define TB_TIER_MEMORY 3
+#define TB_TIERS 4
 #define TB_LATENCY_BUCKETS 160
 
 typedef struct tb_engine tb_engine;
@@ -103,8 +104,8 @@ uint64_t tb_layer_cached_pages(tb_layer *layer);
 
 /* Doors. A door's thread runs from tb_*_open to tb_door_close. */
 int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
-                 const uint8_t *cpus, size_t cpus_bytes, tb_queue **out);
-int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, tb_queue **out);
+                 uint64_t hot_bytes, const uint8_t *cpus, size_t cpus_bytes, tb_queue **out);
+int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, tb_queue **out);
 int tb_local_read(tb_queue *door, uint64_t offset, uint64_t length, uint8_t *out);
 int tb_door_end_fd(tb_queue *door);
 int tb_door_drain(tb_queue *door);

@@ -74,6 +74,7 @@ struct tb_layer {
     uint16_t id;
 };
 
+typedef struct tb_hot tb_hot;
 typedef struct tb_req tb_req;
 struct tb_req {
     tb_req *next; /* in an inbox or a parked list */
@@ -89,6 +90,8 @@ struct tb_req {
     uint8_t tries, missed, slot_failed, all_zero;
     uint8_t direct; /* plane zero-copy: bytes go into the request's own pages, `buffer` stays unused */
     uint8_t pinned; /* it counts among its entry's readers */
+    uint8_t from_memory;
+    uint32_t frame; /* index + 1 of the frame of the memory tier that it holds, see hot.c; 0: none */
     uint32_t since_ms; /* when it began to wait for a fill; 0: it has not */
     uint64_t began;    /* ticks of the turn in which it came */
 } __attribute__((aligned(64)));
@@ -112,6 +115,7 @@ struct tb_queue {
     void *door;
     tb_req *reqs;
     uint8_t *buffers;
+    tb_hot *hot; /* NULL: no memory tier */
     tb_req *inbox;    /* stack: requests that the filler hands back */
     uint32_t armed;   /* 1: asleep, or about to be: a producer must write to wake_fd */
     uint32_t draining, quitting, done, leaving;
@@ -233,7 +237,7 @@ struct tb_engine {
 };
 
 /* user_data of every SQE: a pointer (48 bits), what it is (low 3 bits), and the length expected in sectors (top byte). */
-enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3, UD_RUN_WRITE = 4, UD_ZEROS = 5, UD_DOOR_COPY = 6 };
+enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3, UD_RUN_WRITE = 4, UD_ZEROS = 5, UD_DOOR_COPY = 6, UD_HOT = 7 };
 
 static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 {
@@ -263,6 +267,7 @@ int tb_ring_pop(tb_ring *ring, tb_record *out, int max);
 void tb_ring_kick(tb_ring *ring);
 bool tb_ring_arm(tb_ring *ring);
 struct io_uring_sqe *tb_sqe(struct io_uring *ring);
+void tb_sqe_room(struct io_uring *ring, unsigned count);
 int tb_uring_init(struct io_uring *ring, unsigned entries);
 void tb_wake_arm(struct io_uring *ring, int fd, uint64_t *value);
 int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument);
@@ -347,8 +352,17 @@ uint64_t tb_copy_pos(const tb_req *req);
 void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes);
 uint16_t tb_pages_of(uint32_t offset, uint32_t length);
 
+/* hot.c */
+int tb_hot_new(uint64_t bytes, tb_hot **out);
+void tb_hot_free(tb_hot *hot);
+bool tb_hot_serve(tb_req *req);
+const uint8_t *tb_hot_bytes(const tb_req *req);
+void tb_hot_consider(tb_req *req);
+void tb_hot_keep(tb_req *req);
+void tb_hot_let_go(tb_req *req);
+
 /* queue.c */
-int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_door_ops *ops, void *door, tb_queue **out);
+int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, const tb_door_ops *ops, void *door, tb_queue **out);
 int tb_queue_start(tb_queue *queue);
 void tb_queue_free(tb_queue *queue);
 void tb_queue_hand_back(tb_req *req);

@@ -60,7 +60,7 @@ static void issue(tb_queue *queue, local_door *door, local_call *call)
     uint64_t at = call->offset + call->issued, left = call->length - call->issued;
     door->idle = req->next;
     req->result = 0;
-    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = 0;
+    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = req->from_memory = 0;
     req->since_ms = 0;
     req->began = queue->now;
     req->cookie = call;
@@ -125,14 +125,14 @@ static const tb_door_ops ops = {
     .turn = local_turn, .waiting = local_waiting, .release = local_release,
 };
 
-int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, tb_queue **out)
+int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, tb_queue **out)
 {
     local_door *door = calloc(1, sizeof *door);
     if (!door)
         return -ENOMEM;
     door->end = &door->first;
     tb_queue *queue;
-    int rc = tb_queue_new(engine, base, depth, &ops, door, &queue);
+    int rc = tb_queue_new(engine, base, depth, hot_bytes, &ops, door, &queue);
     if (rc) {
         free(door);
         return rc;

@@ -69,7 +69,11 @@ void tb_finish(tb_req *req)
     } else {
         TB_COUNT(&stats->hit_requests, 1);
         TB_COUNT(&stats->hit_bytes, req->length);
-        note_latency(req->queue, req, TB_TIER_HIT);
+        if (req->from_memory) {
+            TB_COUNT(&stats->memory_requests, 1);
+            req->queue->now = tb_ticks(); /* it is done in the turn in which it came, of which there is one reading */
+        }
+        note_latency(req->queue, req, req->from_memory ? TB_TIER_MEMORY : TB_TIER_HIT);
     }
     TB_COUNT(&stats->active, -1ull);
     req->queue->ops->complete(req->queue, req);
@@ -111,6 +115,7 @@ static void take_completions(tb_queue *queue)
             break;
         case UD_DOOR:
         case UD_DOOR_COPY:
+        case UD_HOT:
             queue->ops->event(queue, ud, cqe->res);
             break;
         default:
@@ -218,7 +223,7 @@ static bool take_tags(tb_engine *engine, uint16_t depth)
 }
 
 /* On failure `door` is still the caller's; with success it belongs to the queue, whose `release` frees it. */
-int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_door_ops *ops, void *door, tb_queue **out)
+int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, const tb_door_ops *ops, void *door, tb_queue **out)
 {
     if (depth == 0)
         return -EINVAL;
@@ -243,7 +248,7 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, const tb_doo
     size_t bytes = (size_t)depth * TB_BLOCK_BYTES;
     queue->buffers = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     queue->reqs = aligned_alloc(64, (size_t)depth * sizeof *queue->reqs);
-    if (queue->buffers == MAP_FAILED || !queue->reqs || queue->wake_fd < 0 || queue->end_fd < 0) {
+    if (queue->buffers == MAP_FAILED || !queue->reqs || queue->wake_fd < 0 || queue->end_fd < 0 || tb_hot_new(hot_bytes, &queue->hot)) {
         tb_queue_free(queue);
         return -ENOMEM;
     }
@@ -293,6 +298,7 @@ void tb_queue_free(tb_queue *queue)
     if (queue->buffers && queue->buffers != MAP_FAILED)
         munmap(queue->buffers, (size_t)queue->depth * TB_BLOCK_BYTES);
     free(queue->reqs);
+    tb_hot_free(queue->hot);
     if (queue->wake_fd >= 0)
         close(queue->wake_fd);
     if (queue->end_fd >= 0)

@@ -77,6 +77,13 @@ struct io_uring_sqe *tb_sqe(struct io_uring *ring)
     return sqe;
 }
 
+/* So many SQEs after this are submitted together: a chain must not be cut in two. */
+void tb_sqe_room(struct io_uring *ring, unsigned count)
+{
+    while (io_uring_sq_space_left(ring) < count)
+        io_uring_submit(ring);
+}
+
 /* To be called in the thread that uses the ring (SINGLE_ISSUER). */
 int tb_uring_init(struct io_uring *ring, unsigned entries)
 {

@@ -140,11 +140,21 @@ void tb_serve(tb_req *req)
     }
     tb_lock *stripe = tb_stripe(layer, req->block);
     tb_entry *entry = &layer->entries[req->block];
+    req->from_memory = req->queue->hot && tb_hot_serve(req);
     tb_lock_take(stripe);
     tb_head head = entry->head;
     if (__builtin_expect(head.flags & TB_ENTRY_MARKED, 0))
         tb_touched(layer, req->block);
     uint16_t missing = req->need & (uint16_t)~(head.cached | head.zero);
+    if (req->from_memory) {
+        if (!missing)
+            note_hit(layer->engine, entry); /* what is hot above stays hot below */
+        tb_lock_give(stripe);
+        req->all_zero = req->pinned = 0;
+        req->need = 0;
+        tb_finish(req);
+        return;
+    }
     if (missing) {
         tb_park(req, stripe, missing);
         return;
@@ -158,6 +168,8 @@ void tb_serve(tb_req *req)
     req->pinned = from_slot != 0;
     req->all_zero = from_slot == 0;
     req->inflight = 0;
+    if (req->queue->hot && from_slot && from_slot == tb_pages_of(req->offset, req->length))
+        tb_hot_consider(req);
     put_zeros(req, req->need & head.zero);
     if (from_slot)
         read_slot(req, head.slot, from_slot);
@@ -218,9 +230,13 @@ static void finish_or_repeat(tb_req *req)
         req->direct = 0; /* through our own buffer, then: all of it, whatever is in the request's pages already */
     if (!req->slot_failed || req->result < 0) {
         req->need = 0;
+        if (req->frame && !req->slot_failed && !req->result)
+            tb_hot_keep(req);
+        tb_hot_let_go(req);
         tb_finish(req);
         return;
     }
+    tb_hot_let_go(req);
     req->slot_failed = 0;
     if (++req->tries > 4) {
         fail(req, -EIO);

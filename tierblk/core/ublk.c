@@ -59,10 +59,27 @@ static int ublk_start(tb_queue *queue)
     return 0;
 }
 
+/* Out of a frame into the request's pages, and the commit behind it, in one go: the driver copies while the chain is
+ * submitted. Only a failure has a completion of its own, and takes the one of the commit away. The frame is held until
+ * the tag is heard of again, when the copy is certainly over. */
+static void commit_from_memory(tb_queue *queue, tb_req *req)
+{
+    tb_sqe_room(&queue->ring, 2);
+    struct io_uring_sqe *sqe = tb_sqe(&queue->ring);
+    io_uring_prep_write(sqe, 1, tb_hot_bytes(req), req->length, tb_copy_pos(req));
+    sqe->flags |= IOSQE_FIXED_FILE | IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS;
+    sqe->user_data = tb_ud(req, UD_HOT, 0);
+    command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, (int)req->length);
+}
+
 static void commit(tb_queue *queue, tb_req *req)
 {
     ublk_door *door = queue->door;
     int result = req->result < 0 ? req->result : (int)req->length; /* full length or an errno, never short */
+    if (req->frame) {
+        commit_from_memory(queue, req);
+        return;
+    }
     if (result <= 0 || req->direct) {
         command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, result);
         return;
@@ -96,7 +113,7 @@ static void begin(tb_queue *queue, tb_req *req)
     uint64_t start = desc.start_sector * TB_SECTOR;
     uint32_t align = queue->engine->dio_align;
     req->result = 0;
-    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = 0;
+    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = req->from_memory = 0;
     req->since_ms = 0;
     req->began = queue->now;
     req->length = 0;
@@ -125,6 +142,11 @@ static void ublk_event(tb_queue *queue, uint64_t user_data, int result)
     ublk_door *door = queue->door;
     if (tb_ud_kind(user_data) == UD_DOOR_COPY) {
         copied(queue, tb_ud_pointer(user_data), result);
+        return;
+    }
+    tb_hot_let_go(tb_ud_pointer(user_data));
+    if (tb_ud_kind(user_data) == UD_HOT) {
+        copied(queue, tb_ud_pointer(user_data), -EIO);
         return;
     }
     if (result == 0 && TB_LOAD(&queue->leaving))
@@ -163,7 +185,7 @@ static const tb_door_ops ops = {
  * stays the caller's to close, after tb_door_close. zero_copy: what ADD_DEV granted, AUTO_BUF_REG with USER_COPY. cpus: a bit
  * a processor, where its thread shall run; none for anywhere. */
 int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
-                 const uint8_t *cpus, size_t cpus_bytes, tb_queue **out)
+                 uint64_t hot_bytes, const uint8_t *cpus, size_t cpus_bytes, tb_queue **out)
 {
     ublk_door *door = calloc(1, sizeof *door);
     if (!door)
@@ -172,7 +194,7 @@ int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id
     door->q_id = q_id;
     door->zero_copy = zero_copy != 0;
     tb_queue *queue;
-    int rc = tb_queue_new(engine, base, depth, &ops, door, &queue);
+    int rc = tb_queue_new(engine, base, depth, hot_bytes, &ops, door, &queue);
     if (rc) {
         free(door);
         return rc;

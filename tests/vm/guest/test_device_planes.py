@@ -109,3 +109,32 @@ def test_each_queue_serves_the_processors_that_the_kernel_gives_it(
             assert tierblk.status("cpus")["requests"] > before
     finally:
         os.sched_setaffinity(0, ours)
+
+
+@pytest.mark.parametrize("queues", [1, 2])
+@pytest.mark.parametrize("plane", ["copy", "zero-copy"] if HAS_ZERO_COPY else ["copy"])
+def test_the_memory_tier_serves_what_is_hot(
+    plane: str,
+    queues: int,
+    scratch: Path,
+    web: WebServer,
+    tierblk: Tierblk,
+    make_image: Callable[..., Path],
+) -> None:
+    """Right bytes out of memory, in requests of every size, at once and by turns with those from slots; and a
+    device that can be handed over and taken away while frames are held."""
+    image = make_image(f"hot-{plane}.raw", IMAGE_BYTES, seed=71)
+    _with_holes(image, seed=72)
+    keys: dict[str, Any] = {"device__plane": plane, "device__queues": queues, "device__hot_memory": "2MiB"}
+    hot = tierblk.attach(tierblk.config("hot", web.url_of(image), scratch / "hot", "16MiB", **keys))
+    compare_whole(hot, image)
+    for seed in range(73, 81):
+        compare_at_random(hot, image, count=60, seed=seed, limit_bytes=MIB)
+        compare_at_random(hot, image, count=10, seed=seed)
+    status = tierblk.status("hot")
+    assert status["errors"] == 0
+    assert status["memory_requests"] > 100
+    assert status["latencies"]["memory"]["requests"] == status["memory_requests"]
+    assert status["hit_requests"] > status["memory_requests"]  # the holes, and what is not hot
+    assert (status["bounced"] > 0) is (plane == "zero-copy")  # what brings its bytes into a frame
+    tierblk.run("stop", "--cache-dir", scratch / "hot")
