@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout-s", type=float, default=600, help="seconds until the VM is ended (default 600)"
     )
+    parser.add_argument(
+        "--plugin", default="", help="FILE,ARG=VALUE,… of a plugin for QEMU's emulator; one processor then"
+    )
     parser.add_argument("command", nargs="+", help="what to run in the guest, as root")
     return parser
 
@@ -87,8 +90,11 @@ def _run(options: argparse.Namespace) -> int:
         ]
         if not any(disk.name == "cache" for disk in given):
             attached.append(qemu.Disk("cache", disks.scratch(folder / "cache", 8 * disks.GIB)))
+        cpus = 1 if options.plugin else options.smp
         outcome = qemu.boot(
-            qemu.Machine(kernel, attached, options.mem, options.smp, options.timeout_s, on_line=say)
+            qemu.Machine(
+                kernel, attached, options.mem, cpus, options.timeout_s, plugin=options.plugin, on_line=say
+            )
         )
     if outcome.status is None:
         raise Failed(f"the VM did not finish the command: {outcome.trouble}.")
