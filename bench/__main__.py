@@ -2,6 +2,7 @@
 
     python3 -m bench               measures, prints the tables, keeps everything in build/bench/DATE.json
     python3 -m bench cold [PART]…  only the cold reads: random, stream, other (or those that are named)
+    python3 -m bench instructions  only the instructions a hit; --tree DIR: of another checkout's tierblk
     python3 -m bench show FILE     prints the tables of a kept result
     python3 -m bench compare A B   says which ratios changed beyond noise from A to B
 
@@ -42,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     cold.add_argument("--quick", action="store_true")
     cold.add_argument("--result", type=Path)
     cold.add_argument("parts", nargs="*", help="random, stream, other; default: all")
+    counting = verbs.add_parser("instructions")
+    counting.add_argument("--quick", action="store_true")
+    counting.add_argument(
+        "--tree", type=Path, help="a checkout whose tierblk is measured instead of this one's"
+    )
+    counted = verbs.add_parser("counted")  # what `instructions` starts in its VM
+    counted.add_argument("--result", type=Path, required=True)
+    counted.add_argument("--quick", action="store_true")
+    for name in ("null", "hitter", "other"):
+        counted.add_argument(f"--{name}", type=Path)
     verbs.add_parser("show").add_argument("file", type=Path)
     comparing = verbs.add_parser("compare")
     comparing.add_argument("before", type=Path)
@@ -56,9 +67,9 @@ def _load(path: Path) -> Result:
         raise BenchError(f"{path}: {error}") from None
 
 
-def _commit() -> str:
+def _commit(tree: Path = REPO) -> str:
     """What is measured: the commit, with a plus when files differ from it."""
-    words = ["git", "-C", str(REPO), "describe", "--always", "--dirty=+", "--abbrev=9"]
+    words = ["git", "-C", str(tree), "describe", "--always", "--dirty=+", "--abbrev=9"]
     try:
         return output(words).strip()
     except BenchError:  # no git, or no repository
@@ -111,6 +122,33 @@ def _cold(options: argparse.Namespace) -> None:
         sys.stderr.write(f"kept as {kept.relative_to(REPO)}\n")
 
 
+def _counted(options: argparse.Namespace) -> None:
+    from bench import counted
+
+    plan = counted.Plan.quick() if options.quick else counted.Plan()
+    result = _empty({"rounds": plan.rounds})
+    tools = counted.Tools(options.null, options.hitter, options.other)
+    counted.measure(plan, result, tools, Progress())
+    _write(result, options.result)
+
+
+def _instructions(options: argparse.Namespace) -> None:
+    from bench import instructions, where
+
+    build_dir = REPO / "build" / "bench"
+    build_dir.mkdir(parents=True, exist_ok=True)
+    quick = options.quick or os.environ.get(QUICK_VARIABLE, "") not in ("", "0")
+    loads = where.Loads()
+    result = instructions.measure(options.tree, build_dir, loads, quick=quick)
+    result.commit = _commit(options.tree or REPO)
+    result.kernel["where"] = "a VM that counts instructions"
+    result.host_load = load_summary(loads.taken)
+    kept = build_dir / f"{result.date}-instructions.json"
+    _write(result, kept)
+    sys.stdout.write(report.table(result))
+    sys.stderr.write(f"kept as {kept.relative_to(REPO)}\n")
+
+
 def _run() -> None:
     from bench import where
 
@@ -149,6 +187,10 @@ def main() -> int:
             _part(options)
         elif options.verb == "cold":
             _cold(options)
+        elif options.verb == "counted":
+            _counted(options)
+        elif options.verb == "instructions":
+            _instructions(options)
         elif options.verb == "show":
             sys.stdout.write(report.table(_load(options.file)))
         elif options.verb == "compare":

@@ -4,10 +4,15 @@
 
 #   make bench-cold  only the cold reads over a slow link, beside curl, nbdkit and QEMU
 
-.PHONY: bench bench-cold
+#   make bench-instructions  instructions a hit, counted in an emulated VM: TREE=DIR of another checkout's tierblk
+
+.PHONY: bench bench-cold bench-instructions
 
 bench: setup
 	$(VENV)/bin/python -m bench
 
 bench-cold: setup
 	$(VENV)/bin/python -m bench cold
+
+bench-instructions: setup
+	$(VENV)/bin/python -m bench instructions $(if $(TREE),--tree $(TREE))

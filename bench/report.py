@@ -16,14 +16,15 @@ TITLES = {
     "cold-cpu": "CPU of a cold random read (us of the daemon; lower is better)",
     "cold-stream": "cold reads through 20 ms and 1 Gbit/s (MB/s, higher is better)",
     "cpu-hit": "CPU of a hit (us of the server a request; lower is better)",
+    "instructions": "instructions a hit (lower is better; user mode of the server, and the kernel)",
 }
 Row = list[str]
 
 
 def number(value: float) -> str:
-    """Three figures that matter: 0.412, 5.27, 48.1, 71,300."""
+    """Three figures that matter: 0.412, 5.27, 48.1, 6,810, 71,300."""
     if value >= 1000:
-        return f"{round(value, -2):,.0f}"
+        return f"{round(value, -2 if value >= 10_000 else -1):,.0f}"
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
