@@ -169,7 +169,9 @@ def measure(tree: Path | None, build_dir: Path, loads: where.Loads, *, quick: bo
         if tree:
             copied(tree, inside / "other")
             words += ["--other", f"{GUEST}/other"]
-        text = _in_vm(folder, inside, ",".join([str(plugin(folder, version)), *asks]), words, loads)
+        # QEMU reads a comma as the next argument, unless there are two.
+        counter = ",".join(word.replace(",", ",,") for word in [str(plugin(folder, version)), *asks])
+        text = _in_vm(folder, inside, counter, words, loads)
         found = parse_counts(counts.read_text())
     result = Result.from_json(text)
     answers, result.samples = result.samples, []
