@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from errno import EIO, ENOSPC
+from errno import EIO, ENOSPC, EPERM
 from pathlib import Path
 from uuid import UUID
 
@@ -76,6 +77,25 @@ def test_a_directory_is_made_with_its_parents(tmp_path: Path) -> None:
         for descriptor in (directory.slots_fd, directory.sums_fd):
             assert not os.get_inheritable(descriptor)
         assert directory.dio_align_bytes in (512, 1024, 2048, 4096)
+
+
+def test_the_slots_file_is_open_as_a_hit_wants_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(made) as directory:
+        flags = fcntl.fcntl(directory.slots_fd, fcntl.F_GETFL)
+        assert flags & os.O_DIRECT
+        assert flags & os.O_NONBLOCK
+        assert flags & os.O_NOATIME
+        assert fcntl.fcntl(directory.slots_fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+
+    def refuse(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETFL:
+            raise PermissionError(EPERM, "not the owner")
+        return real(fd, command, argument)
+
+    real = fcntl.fcntl
+    monkeypatch.setattr("tierblk.cache.directory.fcntl.fcntl", refuse)
+    with opened(made) as directory:
+        assert not real(directory.slots_fd, fcntl.F_GETFL) & os.O_NOATIME
 
 
 def test_it_is_opened_again_as_it_was(made: Path) -> None:
