@@ -91,8 +91,9 @@ def _write(result: Result, path: Path) -> None:
 
 def _part(options: argparse.Namespace) -> None:
     from bench import inside, native
+    from bench.plan import Plan
 
-    plan = inside.Plan.quick() if options.quick else inside.Plan()
+    plan = Plan.quick() if options.quick else Plan()
     result = _empty(vars(plan))
     progress = Progress(options.progress)
     if options.verb == "inside":

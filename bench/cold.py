@@ -18,8 +18,8 @@ from pathlib import Path
 
 from bench import fio
 from bench.asked import PAGE_BYTES, Asked, since, summary
+from bench.curl import curl
 from bench.fio import BenchError
-from bench.inside import curl
 from bench.native import CONFIG, tier
 from bench.process import Progress, output
 from bench.readers import Done, Piece, Readers, compiled
@@ -247,7 +247,7 @@ class Cold:
     def _curl(self, server: Shaped) -> float:
         """MB/s of the whole image."""
         file = self.disk / "curl.out"
-        took_s, _ = curl(server.url, file)
+        took_s = curl(server.url, file).took_s
         size = file.stat().st_size
         file.unlink()
         return size / took_s / 1e6

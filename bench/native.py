@@ -15,8 +15,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+from bench.curl import Spent, curl
 from bench.fio import BenchError
-from bench.inside import Plan, curl
+from bench.plan import Plan
 from bench.process import Progress
 from bench.results import Result, Sample
 from bench.targets import MIB, make_image, nginx
@@ -76,8 +77,8 @@ def _read(door: LocalDoor, offset_bytes: int) -> float:
     return time.thread_time() - began_s
 
 
-async def _cold_read(settings: config.Config, run_dir: Path, size: int, depth: int) -> tuple[float, float]:
-    """(seconds until the last byte was read, CPU-seconds until all of it was on the disk as well)."""
+async def _cold_read(settings: config.Config, run_dir: Path, size: int, depth: int) -> Spent:
+    """Seconds until the last byte was read, CPU-seconds until all of it was on the disk as well."""
     async with tier(settings, run_dir) as (engine, layer, fills):
         loop = asyncio.get_running_loop()
         with local_door(engine, layer, queue_depth=64) as door, ThreadPoolExecutor(depth) as readers:
@@ -87,7 +88,7 @@ async def _cold_read(settings: config.Config, run_dir: Path, size: int, depth: i
             reading_s = sum(await asyncio.gather(*reads))
             took_s = time.monotonic() - began_s
             await fills.idle()
-            return took_s, time.process_time() - cpu_began_s - reading_s
+            return Spent(took_s, time.process_time() - cpu_began_s - reading_s)
 
 
 def measure(plan: Plan, result: Result, disk: Path, progress: Progress) -> None:
@@ -109,26 +110,27 @@ def measure(plan: Plan, result: Result, disk: Path, progress: Progress) -> None:
 def _round(plan: Plan, result: Result, home: Path, disk: Path, url: str, i: int, progress: Progress) -> None:
     size = plan.miss_mib * MIB
 
-    def keep(name: str, depth: int, took_s: float, used_s: float) -> None:
-        result.samples.append(Sample("miss", "native", name, MIB, depth, i, size / took_s / 1e6))
-        result.samples.append(Sample("cpu", "native", name, MIB, depth, i, used_s / (size / 1e9)))
+    def keep(name: str, depth: int, spent: Spent) -> None:
+        result.samples.append(Sample("miss", "native", name, MIB, depth, i, size / spent.took_s / 1e6))
+        result.samples.append(Sample("cpu", "native", name, MIB, depth, i, spent.cpu_s / (size / 1e9)))
 
     curled = curl(url, disk / "curl.out")
     (disk / "curl.out").unlink()
     for depth in plan.miss_depths:
-        keep("curl", depth, *curled)
+        keep("curl", depth, curled)
         cache_dir, run_dir = disk / "cache", home / "run"
         file = home / "tierblk.toml"
         file.write_text(CONFIG.format(url=url, cache_dir=cache_dir, cache_mib=plan.miss_mib * 5 // 4 + 64))
         try:
-            took_s, used_s = asyncio.run(_cold_read(config.load(file), run_dir, size, depth))
+            spent = asyncio.run(_cold_read(config.load(file), run_dir, size, depth))
         except (TierblkError, OSError) as error:
             raise BenchError(f"a cold read through the in-process door: {error}") from None
         finally:
             shutil.rmtree(cache_dir, ignore_errors=True)
             shutil.rmtree(run_dir, ignore_errors=True)
-        keep("tierblk", depth, took_s, used_s)
+        keep("tierblk", depth, spent)
+        mb_per_s, s_per_gb = size / spent.took_s / 1e6, spent.cpu_s / (size / 1e9)
         progress(
-            f"misses, native, round {i + 1}/{plan.rounds}: tierblk x{depth} {size / took_s / 1e6:.0f} MB/s,"
-            f" {used_s / (size / 1e9):.2f} CPU-s/GB; curl {size / curled[0] / 1e6:.0f} MB/s"
+            f"misses, native, round {i + 1}/{plan.rounds}: tierblk x{depth} {mb_per_s:.0f} MB/s, "
+            f"{s_per_gb:.2f} CPU-s/GB; curl {size / curled.took_s / 1e6:.0f} MB/s"
         )

@@ -1,0 +1,121 @@
+"""Hits: IOPS and CPU of what is cached, and the latency of one read at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench import fio
+from bench.context import QUEUE_DEPTH, Bench
+from bench.fio import BenchError
+from bench.null import null_device
+from bench.process import cpu_s, io_workers
+from bench.targets import MIB, Target, Tierblk, attached, loop, nbdkit, null_blk
+
+KIB = 1024
+DEPTH = 32
+
+
+def measure(bench: Bench, medium: str, folder: Path, url: str, image: Path) -> None:
+    """IOPS at depth 32, and on tmpfs latency at depth 1, of what is cached in `folder`. Raises BenchError."""
+    tierblk = Tierblk(bench.home / f"tierblk-{medium}", folder / "cache", url, bench.plan.hit_mib * 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        target = stack.enter_context(attached(tierblk))
+        bench.warm(tierblk, target, image)
+        bench.result.kernel["plane"] = tierblk.status()["plane"]
+        targets = [target, *_other_plane(bench, stack, medium, folder, url, image)]
+        targets += _peers(bench, stack, medium, tierblk)
+        for size_kib in bench.plan.sizes_kib:
+            before = tierblk.status()
+            run = partial(_hit_run, bench, medium, size_kib * KIB, DEPTH)
+            bench.rounds(f"{medium} {size_kib} KiB x{DEPTH}", targets, run)
+            _facts(bench, medium, size_kib, target, before, tierblk.status())
+        if medium == "tmpfs":
+            servers = [each for each in targets if each.name != "null-copy"]
+            bench.rounds(f"{medium} 4 KiB x1", servers, partial(_latency_run, bench, medium))
+
+
+def _other_plane(
+    bench: Bench, stack: ExitStack, medium: str, folder: Path, url: str, image: Path
+) -> Iterator[Target]:
+    """The same on plane copy, where the kernel grants a better one."""
+    if bench.result.kernel["plane"] == "copy":
+        return
+    home, cache_dir = bench.home / f"tierblk-copy-{medium}", folder / "cache-copy"
+    tierblk = Tierblk(home, cache_dir, url, bench.plan.hit_mib * 2, name="tierblk-copy", plane="copy")
+    target = stack.enter_context(attached(tierblk))
+    bench.warm(tierblk, target, image)
+    yield target
+
+
+def _peers(bench: Bench, stack: ExitStack, medium: str, tierblk: Tierblk) -> Iterator[Target]:
+    """On a disk only loop: null has no disk, and nbdkit reads through the page cache."""
+    if medium == "tmpfs":
+        for name, user_copy in (("null", True), ("null-copy", False)):
+            size_bytes = bench.plan.hit_mib * MIB
+            device = null_device(
+                bench.null_server, size_bytes=size_bytes, depth=QUEUE_DEPTH, user_copy=user_copy
+            )
+            yield Target(name, stack.enter_context(device), os.getpid())
+    yield stack.enter_context(loop(tierblk.slots))
+    if medium == "tmpfs":
+        yield stack.enter_context(nbdkit(bench.home, tierblk.slots))
+        if (kernels_own := null_blk()) is not None:
+            yield kernels_own
+
+
+def _hit_run(bench: Bench, medium: str, size: int, depth: int, target: Target, i: int) -> str:
+    before_s = cpu_s(target.pid) if target.pid else 0.0
+    read = fio.run(
+        "hits",
+        file=target.path,
+        size=bench.plan.hit_mib * MIB,
+        bs=size,
+        depth=depth,
+        runtime_ms=bench.plan.run_ms,
+    )
+    bench.sample("hit", medium, target.name, size, depth, i, read.iops)
+    if target.pid:
+        cpu_us = (cpu_s(target.pid) - before_s) * 1e6
+        bench.sample("cpu-hit", medium, target.name, size, depth, i, cpu_us / max(read.requests, 1))
+    return f"{read.iops:,.0f} IOPS"
+
+
+def _latency_run(bench: Bench, medium: str, target: Target, i: int) -> str:
+    size = 4 * KIB
+    read = fio.run(
+        "latency", file=target.path, size=bench.plan.hit_mib * MIB, bs=size, runtime_ms=bench.plan.run_ms
+    )
+    bench.sample("latency", medium, target.name, size, 1, i, read.mean_us)
+    bench.sample("p99", medium, target.name, size, 1, i, read.p99_us)
+    return f"{read.mean_us:.1f} us"
+
+
+def _facts(
+    bench: Bench,
+    medium: str,
+    size_kib: int,
+    target: Target,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> None:
+    """Counts, which noise cannot touch. A hit run in which something missed measured something else."""
+
+    def grown(name: str) -> float:
+        return float(after.get(name, 0)) - float(before.get(name, 0))
+
+    if grown("miss_requests") or grown("errors"):
+        raise BenchError(
+            f"{grown('miss_requests'):.0f} misses and {grown('errors'):.0f} errors in a run of hits"
+        )
+    facts = {"requests": grown("requests"), "io_workers": float(io_workers(target.pid or 0))}
+    if "enters" in after:
+        facts["enters_per_request"] = grown("enters") / max(grown("requests"), 1)
+    bench.result.facts[f"hit {medium} {size_kib} KiB"] = facts
