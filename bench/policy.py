@@ -26,6 +26,9 @@ from tierblk.window import Need, Span, plan
 
 REPO = Path(__file__).resolve().parents[1]
 BOOT = Path(__file__).resolve().with_name("boot.csv")
+IMAGE_MIB = 2048
+WINDOW_MIB = 8.0
+THINK = 0.1
 BATCH_S = 0.0001
 """Misses this close together are planned together, as one turn of the daemon's loop takes them."""
 MIB = 1 << 20
@@ -141,11 +144,10 @@ class Replay:
 
     def _turn(self, now_s: float, reads: Sequence[tuple[int, range]]) -> list[tuple[int, float | None]]:
         """What one turn of the loop does with these reads; for each when it has to look again, or None when
-        all its pages are there or on their way."""
+        all its pages are there or on their way. A GET is one run of pages: what a read lacks behind a page
+        that is there already, it asks for when the first part has come."""
         wanted: dict[int, int] = {}
-        again: list[tuple[int, float | None]] = []
-        for i, pages in reads:
-            look_again_s: float | None = None
+        for _, pages in reads:
             for page in pages:
                 block = page // PAGES_PER_BLOCK
                 if block in self.marks:
@@ -153,11 +155,8 @@ class Replay:
                     self._ahead(now_s, self.streams.read_on(block))
                 if page in self.arrives_s:
                     continue
-                if self.busy_s.get(block, 0.0) > now_s:
-                    look_again_s = max(look_again_s or 0.0, self.busy_s[block])
-                else:
+                if self.busy_s.get(block, 0.0) <= now_s:
                     wanted[block] = wanted.get(block, 0) | 1 << page % PAGES_PER_BLOCK
-            again.append((i, look_again_s))
         needs = [
             Need(block, block, want, self._missing(block), ahead=False) for block, want in wanted.items()
         ]
@@ -165,7 +164,13 @@ class Replay:
         self._fetch(now_s, spans)
         for more in ahead:
             self._ahead(now_s, more)
-        return again
+        return [(i, self._complete_s(pages)) for i, pages in reads]
+
+    def _complete_s(self, pages: range) -> float | None:
+        """When the fills end that a read has to wait for before it can ask for the rest; None: there is no
+        rest."""
+        lacking = {page // PAGES_PER_BLOCK for page in pages if page not in self.arrives_s}
+        return max((self.busy_s[block] for block in lacking), default=None)
 
     def _missing(self, block: int) -> int:
         first = block * PAGES_PER_BLOCK
@@ -215,19 +220,23 @@ def replay(
     return outcome
 
 
-def table(
-    reads: Sequence[trace.Request], image_bytes: int, link: Link, think: float, window_blocks: int
-) -> str:
-    """The policy beside none."""
+def policies(image_bytes: int, window_blocks: int) -> dict[str, Streams]:
+    """What is compared, by name; a replay changes it."""
     blocks = -(-image_bytes // (PAGES_PER_BLOCK * PAGE_BYTES))
-    policies = {
+    return {
         "exactly the pages asked for": Fixed(1),
         "whole blocks, nothing ahead": Fixed(PAGES_PER_BLOCK),
         "tierblk without readahead": Streams(blocks, 0),
         "tierblk": Streams(blocks, window_blocks),
     }
+
+
+def table(
+    reads: Sequence[trace.Request], image_bytes: int, link: Link, think: float, window_blocks: int
+) -> str:
+    """The policy beside none."""
     rows = [["", "fetched MiB", "to first reads", "GETs", "reads that waited", "stalled s", "boot s"]]
-    for name, streams in policies.items():
+    for name, streams in policies(image_bytes, window_blocks).items():
         got = replay(reads, streams, image_bytes, max(window_blocks, 1), link, think)
         rows.append(
             [
@@ -241,6 +250,11 @@ def table(
             ]
         )
     return columns(rows)
+
+
+def blocks_of(mib: float) -> int:
+    """How many whole blocks that is."""
+    return int(mib * MIB) // (PAGES_PER_BLOCK * PAGE_BYTES)
 
 
 def load(path: Path) -> list[trace.Request]:
@@ -261,12 +275,12 @@ def main() -> int:
     parser.add_argument("trace", nargs="?", type=Path, default=BOOT)
     parser.add_argument("--latency-ms", type=float, default=20.0)
     parser.add_argument("--mbit", type=float, default=1000.0)
-    parser.add_argument("--think", type=float, default=0.1)
-    parser.add_argument("--image-mib", type=int, default=2048)
-    parser.add_argument("--window-mib", type=float, default=8.0)
+    parser.add_argument("--think", type=float, default=THINK)
+    parser.add_argument("--image-mib", type=int, default=IMAGE_MIB)
+    parser.add_argument("--window-mib", type=float, default=WINDOW_MIB)
     options = parser.parse_args()
     link = Link(options.latency_ms / 1e3, options.mbit * 1e6 / 8)
-    window_blocks = int(options.window_mib * MIB) // (PAGES_PER_BLOCK * PAGE_BYTES)
+    window_blocks = blocks_of(options.window_mib)
     try:
         reads = load(options.trace)
     except BenchError as failure:

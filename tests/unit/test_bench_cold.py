@@ -184,6 +184,14 @@ def test_a_replay_keeps_pauses_and_adds_waits() -> None:
     assert exact.took_s == pytest.approx(1.5)
 
 
+def test_a_replayed_read_asks_again_for_what_lies_behind_a_cached_page() -> None:
+    reads = [_read(0.0, 0.001, 4096, 4096), _read(0.002, 0.003, 0, 3 * 4096)]
+    link = policy.Link(latency_s=0.5, bytes_per_s=math.inf)
+    got = policy.replay(reads, policy.Fixed(1), 1 << 22, 8, link, think=0.0)
+    assert (got.gets, got.ratio) == (3, 1.0)
+    assert got.took_s == pytest.approx(1.5)
+
+
 def test_the_boot_that_is_kept_is_fetched_at_most_1_4_times() -> None:
     reads = policy.load(policy.BOOT)
     blocks = 2048 * policy.MIB // 65536
