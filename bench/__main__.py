@@ -151,7 +151,7 @@ def _instructions(options: argparse.Namespace) -> None:
 
 
 def _run() -> None:
-    from bench import where
+    from bench import boot, where
 
     quick = os.environ.get(QUICK_VARIABLE, "") not in ("", "0")
     kernel = where.choose()
@@ -169,7 +169,8 @@ def _run() -> None:
     finally:
         part.unlink(missing_ok=True)
     result.samples += [*native.samples, *cold.samples]
-    result.facts |= cold.facts
+    result.facts |= native.facts | cold.facts
+    boot.measure(result)
     result.commit = _commit()
     result.kernel |= {"how": kernel.how, "where": kernel.words}
     result.settings["quick"] = quick

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.results import PEERS, Change, Ratio, Result
+from bench.bars import Bar, check
+from bench.results import FIGURES, PEERS, SUBJECT, Change, Ratio, Result
 
 TITLES = {
     "hit": "hits, random reads (IOPS, higher is better)",
     "latency": "latency of a hit at depth 1 (us, mean; lower is better)",
     "p99": "latency of a hit at depth 1 (us, 99 % are faster; lower is better)",
+    "queues": "two queues beside one, hits by two jobs on two processors (IOPS, higher is better)",
+    "devices": "ten devices of one daemon beside one, hits by ten jobs (IOPS in total, higher is better)",
+    "p99-mixed": "latency of a hit at depth 1 while misses stream (us, 99 % are faster; lower is better)",
+    "cpu-block": "CPU of a cold random read of one block (us of the daemon or of curl; lower is better)",
     "miss": "misses, cold sequential read in 1 MiB pieces (MB/s, higher is better)",
     "cpu": "CPU of a miss (CPU-seconds of the server or of curl per GB; lower is better)",
     "cold-random": "cold random reads of 4 KiB, 20 ms a request (IOPS, higher is better)",
@@ -48,8 +53,11 @@ def columns(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _name(series: tuple[str, str, int, int]) -> str:
+def name_of(series: tuple[str, str, int, int]) -> str:
+    """Medium, size and depth, for people."""
     _, medium, size_bytes, depth = series
+    if not size_bytes:
+        return medium
     size = f"{size_bytes // 1024} KiB" if size_bytes < 1 << 20 else f"{size_bytes >> 20} MiB"
     return f"{medium} {size} x{depth}"
 
@@ -69,15 +77,52 @@ def _section(result: Result, section: str) -> str:
     rows = [["", *targets, *(f"to {peer}" for peer in peers)]]
     for series in all_series:
         figures = [_median(result, series, target) for target in targets]
-        rows.append([_name(series), *figures, *(_ratio(result.ratio(series, peer)) for peer in peers)])
+        rows.append([name_of(series), *figures, *(_ratio(result.ratio(series, peer)) for peer in peers)])
     return f"{TITLES.get(section, section)}\n{columns(rows)}"
+
+
+def _figures(result: Result) -> str:
+    """What has no peer, a line each; another target's beside it for orientation."""
+    rows = [["figures", "", ""]]
+    for series in result.series():
+        if (known := FIGURES.get(series[0])) is None:
+            continue
+        others = [target for target in result.targets(series) if target != SUBJECT]
+        beside = ", ".join(f"{target} {_median(result, series, target)}" for target in others)
+        rows.append([f"  {known.title}", f"{_median(result, series, SUBJECT)} {known.unit}".strip(), beside])
+    return columns(rows) if len(rows) > 1 else ""
+
+
+def _limit(bar: Bar) -> str:
+    if bar.at_least is not None:
+        return f"at least {bar.at_least:g}"
+    return f"at most {bar.at_most:g}"
+
+
+def _bars(result: Result) -> str:
+    """Nothing when none of them was measured."""
+    checked = check(result)
+    if all(each.found is None for each in checked):
+        return ""
+    rows = [["bars", "", "", ""]]
+    for each in checked:
+        bar = each.bar
+        what = f"  {bar.series[0]} {name_of(bar.series)}" + (f" to {bar.peer}" if bar.peer else "")
+        found = "" if each.found is None else number(each.found.value)
+        rows.append([what, found, _limit(bar), each.verdict])
+    return columns(rows)
+
+
+def _skipped(result: Result) -> str:
+    lines = [f"  {what}: {why}" for what, why in result.skipped.items()]
+    return "\n".join(["left out", *lines]) if lines else ""
 
 
 def _facts(result: Result) -> str:
     lines = []
     for name, facts in result.facts.items():
         lines.append(f"  {name}: " + ", ".join(f"{key} {value:,.6g}" for key, value in facts.items()))
-    return "\n".join(["counts", *lines])
+    return "\n".join(["counts", *lines]) if lines else ""
 
 
 def table(result: Result) -> str:
@@ -91,8 +136,10 @@ def table(result: Result) -> str:
     rounds = result.settings.get("rounds")
     head += f"\nmedian of {rounds} rounds; a ratio, of tierblk to a peer, is made within each"
     head += " round; in brackets the middle half of the rounds"
-    sections = [_section(result, name) for name in dict.fromkeys(s.section for s in result.samples)]
-    return "\n\n".join([head, *sections, *([_facts(result)] if result.facts else [])]) + "\n"
+    names = dict.fromkeys(s.section for s in result.samples if s.section not in FIGURES)
+    parts = [head, *(_section(result, name) for name in names)]
+    parts += [_figures(result), _bars(result), _skipped(result), _facts(result)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def changes(found: Sequence[Change]) -> str:
@@ -104,8 +151,8 @@ def changes(found: Sequence[Change]) -> str:
     for change in ordered:
         rows.append(
             [
-                f"{change.series[0]} {_name(change.series)}",
-                change.peer,
+                f"{change.series[0]} {name_of(change.series)}",
+                change.peer or "(itself)",
                 _ratio(change.before),
                 _ratio(change.after),
                 f"{change.relative:+.0%}",

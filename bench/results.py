@@ -14,7 +14,10 @@ from typing import Any
 
 FORMAT = 1
 SUBJECT = "tierblk"
-PEERS = ("null", "loop", "nbdkit", "nbdkit+cache", "qemu", "bare", "curl")
+PEERS = (
+    "null", "loop", "nbdkit", "nbdkit+cache", "qemu", "bare", "curl", "one queue", "one device", "idle",
+    "beside curl",
+)  # fmt: skip
 """What ratios are made to. Other targets stand beside them for orientation."""
 CHANGE_MIN = 0.03
 """A smaller change of a figure is never called one: two runs of one binary differ by as much."""
@@ -23,11 +26,32 @@ ROUNDS_MIN = 3
 
 
 @dataclass(frozen=True)
+class Figure:
+    """Something that is told by itself, not as a ratio to a peer. `noise`: a relative change that is none."""
+
+    title: str
+    unit: str
+    noise: float
+
+
+FIGURES = {
+    "memory-idle": Figure("memory of a daemon with an empty cache and an idle device", "MiB", 0.03),
+    "memory-block": Figure("memory that a cached block of 64 KiB adds", "bytes", 0.05),
+    "devices-share": Figure("what the least served of ten devices gets, to their mean", "", 0.10),
+    "boot-bytes": Figure("a boot, replayed: bytes fetched for each byte read for the first time", "", 0.0),
+    "boot-gets": Figure("a boot, replayed: requests", "", 0.0),
+    "boot-wait": Figure("a boot, replayed: wait for a link of 20 ms and 1 Gbit/s", "s", 0.0),
+}
+"""By section. Counted, or a share: another machine finds nearly the same."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """`section`: hit (IOPS), latency (us), p99 (us), miss (MB/s), cpu (CPU-seconds per GB of the server),
-    cpu-hit (CPU us a request), cold-random (IOPS), cold-cpu (CPU us a read), cold-stream (MB/s). `medium`:
-    where the cache is, or native; the pattern of cold reads. `size_bytes` of a request;
-    `round` from 0."""
+    cpu-hit (CPU us a request), cpu-block (CPU us a block), queues and devices (IOPS), p99-mixed (us),
+    cold-random (IOPS), cold-cpu (CPU us a read), cold-stream (MB/s), or one of FIGURES. `medium`: where the
+    cache is, or native; the pattern of cold reads. `size_bytes` of a request, `depth`: both 0 where there is
+    none; `round` from 0."""
 
     section: str
     medium: str
@@ -55,7 +79,7 @@ class Ratio:
 @dataclass
 class Result:
     """One run of the benchmark; what is kept as JSON. `facts`: counts that are no timings, by series and
-    name."""
+    name. `skipped`: what was left out, and why."""
 
     date: str
     commit: str
@@ -63,6 +87,7 @@ class Result:
     settings: dict[str, Any]
     samples: list[Sample] = field(default_factory=list)
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     host_load: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -98,6 +123,11 @@ class Result:
         """The subject's value over the peer's; None when no round has both."""
         return ratio(self.values(series, SUBJECT), self.values(series, peer))
 
+    def figure(self, series: tuple[str, str, int, int]) -> Ratio | None:
+        """The subject's value itself; None when there is none."""
+        values = self.values(series, SUBJECT)
+        return ratio(values, dict.fromkeys(values, 1.0))
+
 
 def ratio(ours: dict[int, float], theirs: dict[int, float]) -> Ratio | None:
     """Of the rounds that both have, by round; None when there is none, or only zeros to divide by."""
@@ -117,7 +147,8 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Change:
-    """A ratio in two results. `verdict`: same, up, down, or unknown (too few rounds)."""
+    """A ratio in two results, or a figure (`peer` is empty). `verdict`: same, up, down, or unknown (too few
+    rounds)."""
 
     series: tuple[str, str, int, int]
     peer: str
@@ -141,11 +172,24 @@ def verdict(before: Ratio, after: Ratio) -> str:
     return "down" if after.high < before.low else "same"
 
 
+def figure_verdict(before: Ratio, after: Ratio, noise: float) -> str:
+    """The same for a figure, which needs no rounds."""
+    if abs(after.value - before.value) <= noise * before.value:
+        return "same"
+    return "up" if after.value > before.value else "down"
+
+
 def compare(before: Result, after: Result) -> list[Change]:
-    """Every ratio that both results have. Ratios, not absolute figures: those change with the
+    """Every ratio that both results have, and every figure. No other absolute ones: they change with the
     machine's mood."""
     changes = []
     for series in before.series():
+        if (known := FIGURES.get(series[0])) is not None:
+            was, is_now = before.figure(series), after.figure(series)
+            if was is not None and is_now is not None and was.value > 0:
+                found = figure_verdict(was, is_now, known.noise)
+                changes.append(Change(series, "", was, is_now, found))
+            continue
         for peer in before.targets(series):
             old, new = before.ratio(series, peer), after.ratio(series, peer)
             if peer in PEERS and old is not None and new is not None and old.value > 0:
