@@ -13,8 +13,8 @@ from bench.process import Progress
 from bench.results import Result, Sample
 from bench.targets import MIB, Target, Tierblk, read_all
 
-QUEUE_DEPTH = 64
-"""Tags of a device: config.py's default, and the null targets' too."""
+QUEUE_DEPTH = 128
+"""Tags of a device, the null targets' too: no read of a hit run waits for one."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Bench:
     ) -> None:
         """Keeps one figure of round `i`; size in bytes."""
         self.result.samples.append(Sample(section, medium, target, size, depth, i, value))
+
+    def skip(self, what: str, why: str) -> None:
+        """Leaves something out, and says so."""
+        self.result.skipped[what] = why
+        self.progress(f"leaves out {what}: {why}")
 
     def rounds(self, what: str, targets: Sequence[Target], run: Callable[[Target, int], str]) -> None:
         """Every target in every round, in turn; each round in the other direction, so that none is always

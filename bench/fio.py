@@ -29,32 +29,45 @@ class FioRead:
     p99_us: float
 
 
-def parse(output: str) -> FioRead:
-    """fio's JSON, with whatever it printed before it. Raises BenchError when there is none, or the job
-    failed."""
+def parse(output: str) -> dict[str, FioRead]:
+    """fio's JSON, with whatever it printed before it: its jobs by name. Raises BenchError when there is none,
+    or one failed."""
     start = output.find("{")
     try:
         document: Any = json.loads(output[start:]) if start >= 0 else None
-        job = document["jobs"][0]
-        read = job["read"]
-        latency = read.get("lat_ns", {})
-        percentiles = latency.get("percentile", {})
-        parsed = FioRead(
-            requests=int(read["total_ios"]),
-            iops=float(read["iops"]),
-            bytes_per_s=float(read["bw_bytes"]),
-            mean_us=float(latency.get("mean", 0)) / 1000,
-            p99_us=float(percentiles.get("99.000000", 0)) / 1000,
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        jobs = {str(job["jobname"]): _read(job) for job in document["jobs"]}
+        failed = [job["error"] for job in document["jobs"] if job.get("error", 0)]
+    except (ValueError, KeyError, TypeError) as error:
         raise BenchError(f"fio gave no result that can be read ({error}): {output[:300]!r}") from None
-    if job.get("error", 0):
-        raise BenchError(f"fio's job ended with error {job['error']}")
-    return parsed
+    if not jobs:
+        raise BenchError("fio gave no result that can be read: there was no job")
+    if failed:
+        raise BenchError(f"fio's job ended with error {failed[0]}")
+    return jobs
+
+
+def _read(job: Any) -> FioRead:
+    read = job["read"]
+    latency = read.get("lat_ns", {})
+    percentiles = latency.get("percentile", {})
+    return FioRead(
+        requests=int(read["total_ios"]),
+        iops=float(read["iops"]),
+        bytes_per_s=float(read["bw_bytes"]),
+        mean_us=float(latency.get("mean", 0)) / 1000,
+        p99_us=float(percentiles.get("99.000000", 0)) / 1000,
+    )
 
 
 def run(job: str, **settings: str | int) -> FioRead:
-    """Runs JOB.fio; `settings` are the variables that the file names. Raises BenchError."""
+    """Runs JOB.fio, which has one job; `settings` are the variables that the file names. Raises
+    BenchError."""
+    (read,) = run_jobs(job, **settings).values()
+    return read
+
+
+def run_jobs(job: str, **settings: str | int) -> dict[str, FioRead]:
+    """The same for a file with several jobs: each by its name. Raises BenchError."""
     environment = {**os.environ, **{name.upper(): str(value) for name, value in settings.items()}}
     command = ["fio", "--readonly", "--output-format=json", str(HERE / f"{job}.fio")]
     try:

@@ -15,15 +15,24 @@ from bench.context import QUEUE_DEPTH, Bench
 from bench.fio import BenchError
 from bench.null import null_device
 from bench.process import cpu_s, io_workers
-from bench.targets import MIB, Target, Tierblk, attached, loop, nbdkit, null_blk
+from bench.targets import MIB, Target, Tierblk, attached, loop, nbdkit, null_blk, qemu_nbd
 
 KIB = 1024
-DEPTH = 32
+ALL_DEPTH = 32
+DEEP = ("tierblk", "tierblk-copy", "null", "loop")
+"""Who is read at more than ALL_DEPTH: enough to see whether a deeper queue brings anything."""
 
 
 def measure(bench: Bench, medium: str, folder: Path, url: str, image: Path) -> None:
-    """IOPS at depth 32, and on tmpfs latency at depth 1, of what is cached in `folder`. Raises BenchError."""
-    tierblk = Tierblk(bench.home / f"tierblk-{medium}", folder / "cache", url, bench.plan.hit_mib * 2)
+    """IOPS with many reads at once, and latency of one at a time, of what is cached in `folder`. Raises
+    BenchError."""
+    tierblk = Tierblk(
+        bench.home / f"tierblk-{medium}",
+        folder / "cache",
+        url,
+        bench.plan.hit_mib * 2,
+        queue_depth=QUEUE_DEPTH,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -32,14 +41,14 @@ def measure(bench: Bench, medium: str, folder: Path, url: str, image: Path) -> N
         bench.result.kernel["plane"] = tierblk.status()["plane"]
         targets = [target, *_other_plane(bench, stack, medium, folder, url, image)]
         targets += _peers(bench, stack, medium, tierblk)
-        for size_kib in bench.plan.sizes_kib:
+        for size_kib, depth in bench.plan.hits:
             before = tierblk.status()
-            run = partial(_hit_run, bench, medium, size_kib * KIB, DEPTH)
-            bench.rounds(f"{medium} {size_kib} KiB x{DEPTH}", targets, run)
-            _facts(bench, medium, size_kib, target, before, tierblk.status())
-        if medium == "tmpfs":
-            servers = [each for each in targets if each.name != "null-copy"]
-            bench.rounds(f"{medium} 4 KiB x1", servers, partial(_latency_run, bench, medium))
+            run = partial(_hit_run, bench, medium, size_kib * KIB, depth)
+            read = targets if depth <= ALL_DEPTH else [each for each in targets if each.name in DEEP]
+            bench.rounds(f"{medium} {size_kib} KiB x{depth}", read, run)
+            _facts(bench, f"hit {medium} {size_kib} KiB x{depth}", target, before, tierblk.status())
+        servers = [each for each in targets if each.name != "null-copy"]
+        bench.rounds(f"{medium} 4 KiB x1", servers, partial(_latency_run, bench, medium))
 
 
 def _other_plane(
@@ -49,14 +58,22 @@ def _other_plane(
     if bench.result.kernel["plane"] == "copy":
         return
     home, cache_dir = bench.home / f"tierblk-copy-{medium}", folder / "cache-copy"
-    tierblk = Tierblk(home, cache_dir, url, bench.plan.hit_mib * 2, name="tierblk-copy", plane="copy")
+    tierblk = Tierblk(
+        home,
+        cache_dir,
+        url,
+        bench.plan.hit_mib * 2,
+        name="tierblk-copy",
+        plane="copy",
+        queue_depth=QUEUE_DEPTH,
+    )
     target = stack.enter_context(attached(tierblk))
     bench.warm(tierblk, target, image)
     yield target
 
 
 def _peers(bench: Bench, stack: ExitStack, medium: str, tierblk: Tierblk) -> Iterator[Target]:
-    """On a disk only loop: null has no disk, and nbdkit reads through the page cache."""
+    """On a disk only loop: null has no disk, and the NBD servers read through the page cache."""
     if medium == "tmpfs":
         for name, user_copy in (("null", True), ("null-copy", False)):
             size_bytes = bench.plan.hit_mib * MIB
@@ -67,6 +84,10 @@ def _peers(bench: Bench, stack: ExitStack, medium: str, tierblk: Tierblk) -> Ite
     yield stack.enter_context(loop(tierblk.slots))
     if medium == "tmpfs":
         yield stack.enter_context(nbdkit(bench.home, tierblk.slots))
+        if shutil.which("qemu-nbd"):
+            yield stack.enter_context(qemu_nbd(bench.home, tierblk.slots))
+        else:
+            bench.skip("hits through QEMU's server", "qemu-nbd is not installed")
         if (kernels_own := null_blk()) is not None:
             yield kernels_own
 
@@ -98,14 +119,7 @@ def _latency_run(bench: Bench, medium: str, target: Target, i: int) -> str:
     return f"{read.mean_us:.1f} us"
 
 
-def _facts(
-    bench: Bench,
-    medium: str,
-    size_kib: int,
-    target: Target,
-    before: dict[str, Any],
-    after: dict[str, Any],
-) -> None:
+def _facts(bench: Bench, name: str, target: Target, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Counts, which noise cannot touch. A hit run in which something missed measured something else."""
 
     def grown(name: str) -> float:
@@ -118,4 +132,4 @@ def _facts(
     facts = {"requests": grown("requests"), "io_workers": float(io_workers(target.pid or 0))}
     if "enters" in after:
         facts["enters_per_request"] = grown("enters") / max(grown("requests"), 1)
-    bench.result.facts[f"hit {medium} {size_kib} KiB"] = facts
+    bench.result.facts[name] = facts

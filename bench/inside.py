@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from bench import hits, misses
+from bench import devices, hits, memory, misses, mixed, queues
 from bench.context import Bench
 from bench.disk import folder_on
 from bench.fio import BenchError
@@ -45,8 +45,20 @@ def _run(bench: Bench) -> None:
         hits.measure(bench, "tmpfs", bench.home / "tmpfs", url, image)
         if bench.disk:
             hits.measure(bench, "disk", bench.disk / "hits", url, image)
+        else:
+            bench.skip("hits, latency and mixed reads on a disk", "TIERBLK_BENCH_DISK names none")
+        queues.measure(bench, url, image)
+        devices.measure(bench, url, image)
+        image.unlink()
+        image = served / "mixed.raw"
+        make_image(image, (bench.plan.hit_mib + bench.plan.mixed_mib) * MIB)
+        for medium, folder in (("tmpfs", bench.home), ("disk", bench.disk)):
+            if folder:
+                mixed.measure(bench, medium, folder, f"{address}/{image.name}", image)
         image.unlink()
         image = served / "misses.raw"
         make_image(image, bench.plan.miss_mib * MIB)
         medium, folder = ("disk", bench.disk) if bench.disk else ("tmpfs", bench.home)
         misses.measure(bench, medium, folder, f"{address}/{image.name}", image)
+        image.unlink()
+    memory.measure(bench)

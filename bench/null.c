@@ -25,8 +25,9 @@ void __wrap_tb_serve(tb_req *req)
     tb_finish(req);
 }
 
-/* Opens queue 0 of a ublk device, as tb_ublk_open does. cdev_fd stays the caller's to close, after null_close. */
-int null_open(int cdev_fd, uint64_t size_bytes, uint16_t depth, uint32_t dev_id, int user_copy, tb_queue **out)
+/* Opens a queue of a ublk device, as tb_ublk_open does. cdev_fd stays the caller's to close, after null_close. */
+int null_open(int cdev_fd, uint64_t size_bytes, uint16_t depth, uint32_t dev_id, uint16_t q_id, const uint8_t *cpus,
+              size_t cpus_bytes, int user_copy, tb_queue **out)
 {
     tb_engine *engine = calloc(1, sizeof *engine);
     tb_layer *layer = calloc(1, sizeof *layer);
@@ -40,7 +41,7 @@ int null_open(int cdev_fd, uint64_t size_bytes, uint16_t depth, uint32_t dev_id,
     layer->engine = engine;
     layer->size_bytes = size_bytes;
     no_buffers = user_copy;
-    int rc = tb_ublk_open(engine, layer, cdev_fd, dev_id, 0, depth, 0, 0, NULL, 0, out);
+    int rc = tb_ublk_open(engine, layer, cdev_fd, dev_id, q_id, depth, 0, 0, cpus, cpus_bytes, out);
     if (rc) {
         free(engine);
         free(layer);

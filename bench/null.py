@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tierblk.core import BLOCK_BYTES, ublk
+from tierblk.planes import cpus_of
 
 HERE = Path(__file__).resolve().parent
 CORE = HERE.parent / "tierblk" / "core"
@@ -50,6 +51,9 @@ class _Server:
             ctypes.c_uint64,
             ctypes.c_uint16,
             ctypes.c_uint32,
+            ctypes.c_uint16,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
             ctypes.c_int,
             ctypes.POINTER(ctypes.c_void_p),
         ]
@@ -67,7 +71,9 @@ def _appears(path: str) -> None:
 
 
 @contextmanager
-def null_device(library: Path, *, size_bytes: int, depth: int, user_copy: bool) -> Iterator[str]:
+def null_device(
+    library: Path, *, size_bytes: int, depth: int, user_copy: bool, queues: int = 1
+) -> Iterator[str]:
     """The path of a ublk device whose reads bring nothing, served by the compiled `library`.
 
     With `user_copy` the driver moves nothing either; without it the driver copies a buffer of the server's,
@@ -75,19 +81,32 @@ def null_device(library: Path, *, size_bytes: int, depth: int, user_copy: bool) 
     server = _Server(library)
     flags = ublk.features() & ublk.F_NO_AUTO_PART_SCAN | (ublk.F_USER_COPY if user_copy else 0)
     with ExitStack() as stack:
-        device = ublk.add_dev(queues=1, queue_depth=depth, max_io_bytes=BLOCK_BYTES, flags=flags, stamp=0)
+        device = ublk.add_dev(
+            queues=queues, queue_depth=depth, max_io_bytes=BLOCK_BYTES, flags=flags, stamp=0
+        )
         stack.callback(ublk.del_dev, device.dev_id, timeout_ms=STOP_MS)
         ublk.set_params(device.dev_id, size_bytes=size_bytes, block_bytes=BLOCK_BYTES, read_only=True)
         character = f"/dev/ublkc{device.dev_id}"
         _appears(character)
         cdev_fd = os.open(character, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         stack.callback(os.close, cdev_fd)
-        queue = ctypes.c_void_p()
-        rc = server.open(cdev_fd, size_bytes, depth, device.dev_id, user_copy, ctypes.byref(queue))
-        if rc < 0:
-            raise OSError(-rc, f"the null server cannot serve device {device.dev_id}")
-        stack.callback(server.close, queue)
-        # Registered after `close`, so done before it: the thread ends when the driver has taken
+        for q_id, cpus in enumerate(cpus_of(device.dev_id, queues)):
+            queue = ctypes.c_void_p()
+            rc = server.open(
+                cdev_fd,
+                size_bytes,
+                depth,
+                device.dev_id,
+                q_id,
+                cpus or None,
+                len(cpus),
+                user_copy,
+                ctypes.byref(queue),
+            )
+            if rc < 0:
+                raise OSError(-rc, f"the null server cannot serve device {device.dev_id}")
+            stack.callback(server.close, queue)
+        # Registered after `close`, so done before it: a thread ends when the driver has taken
         # every tag back.
         stack.callback(ublk.stop_dev, device.dev_id, timeout_ms=STOP_MS)
         ublk.start_dev(device.dev_id, pid=os.getpid(), timeout_ms=STOP_MS)

@@ -10,13 +10,33 @@ class Plan:
     """Times in ms, sizes in MiB."""
 
     rounds: int = 5
-    run_ms: int = 1000
-    sizes_kib: tuple[int, ...] = (4, 16, 64)
+    run_ms: int = 700
+    hits: tuple[tuple[int, int], ...] = ((4, 32), (16, 32), (64, 32), (4, 128))
+    """Size of a request in KiB, and how many at once."""
     hit_mib: int = 64
     miss_mib: int = 256
     miss_depths: tuple[int, ...] = (1, 4)
 
+    mixed_mib: int = 512
+    """What misses stream through while hits are timed."""
+    memory_first_mib: int = 256
+    memory_mib: int = 2304
+    """Cached before and after the growth that is measured: by 32,768 blocks, so that what an interpreter
+    takes now and then is little beside 40 bytes for each."""
+    blocks_mib: int = 256
+    """Of single blocks read in random order."""
+
     @classmethod
     def quick(cls) -> Plan:
         """Enough to see that everything runs; its figures mean little."""
-        return cls(rounds=1, run_ms=300, sizes_kib=(4, 64), miss_mib=64, miss_depths=(4,))
+        return cls(
+            rounds=1,
+            run_ms=300,
+            hits=((4, 32), (64, 32), (4, 128)),
+            miss_mib=64,
+            miss_depths=(4,),
+            mixed_mib=64,
+            memory_first_mib=64,
+            memory_mib=320,
+            blocks_mib=32,
+        )

@@ -9,12 +9,14 @@ import argparse
 import contextlib
 import mmap
 import os
+import random
 import re
 import socket
 import threading
 import time
 
 PIECE_BYTES = 64 * 1024
+MADE_UP_BYTES = 1 << 20
 CREDIT_S = 0.002
 """What may be caught up after a sleep that ended late."""
 HEAD_MAX_BYTES = 64 * 1024
@@ -58,15 +60,41 @@ def answer(first: int, count: int, ranged: bool, size_bytes: int) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-class Server:
-    """One file under every path. `log_fd` gets two lines a request: a plus when it comes, and when its answer
-    is over the offset, how many bytes were sent, and when it came."""
+class Stored:
+    """The bytes of a file."""
 
-    def __init__(self, file: str, latency_s: float, bytes_per_s: float, log_fd: int) -> None:
+    def __init__(self, file: str) -> None:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        self._size = os.fstat(fd).st_size
-        self._body = memoryview(mmap.mmap(fd, self._size, prot=mmap.PROT_READ))
+        self.size_bytes = os.fstat(fd).st_size
+        self._bytes = memoryview(mmap.mmap(fd, self.size_bytes, prot=mmap.PROT_READ))
         os.close(fd)
+
+    def piece(self, first: int, count: int) -> memoryview:
+        """`count` bytes at most."""
+        return self._bytes[first : first + count]
+
+
+class MadeUp:
+    """As many bytes as are wanted, which take no room: the same random ones over and over, so no page of them
+    is zero."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._bytes = memoryview(random.Random(0).randbytes(MADE_UP_BYTES))
+
+    def piece(self, first: int, count: int) -> memoryview:
+        """`count` bytes at most, and no more than there are to the next repetition."""
+        start = first % MADE_UP_BYTES
+        return self._bytes[start : start + count]
+
+
+class Server:
+    """One image under every path. `log_fd` gets two lines a request: a plus when it comes, and when its
+    answer is over the offset, how many bytes were sent, and when it came."""
+
+    def __init__(self, image: Stored | MadeUp, latency_s: float, bytes_per_s: float, log_fd: int) -> None:
+        self._image = image
+        self._size = image.size_bytes
         self._latency_s = latency_s
         self._link = Link(bytes_per_s)
         self._log_fd = log_fd
@@ -98,7 +126,7 @@ class Server:
                 connection.sendall(begin)
                 return
             while sent < count:
-                piece = self._body[first + sent : first + min(sent + PIECE_BYTES, count)]
+                piece = self._image.piece(first + sent, min(PIECE_BYTES, count - sent))
                 if wait_s := self._link.wait_s(len(piece), time.monotonic()):
                     time.sleep(wait_s)
                 self._send(connection, begin, piece)
@@ -117,15 +145,18 @@ class Server:
 def main() -> None:
     """Serves until it is killed; the first line on stdout is the port."""
     parser = argparse.ArgumentParser(prog="python3 -m bench.server", description=__doc__)
-    parser.add_argument("file")
+    image = parser.add_mutually_exclusive_group(required=True)
+    image.add_argument("file", nargs="?")
+    image.add_argument("--made-up-bytes", type=int, help="no file: an image of this size, made up")
     parser.add_argument("--latency-s", type=float, default=0.0)
     parser.add_argument("--bytes-per-s", type=float, default=0.0)
     parser.add_argument("--log", default=os.devnull)
     options = parser.parse_args()
     # A line is one appending write: threads share the file, and a buffered one is not made for that.
     log_fd = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    stored = Stored(options.file) if options.file else MadeUp(options.made_up_bytes)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(options.file, options.latency_s, options.bytes_per_s, log_fd)
+        server = Server(stored, options.latency_s, options.bytes_per_s, log_fd)
         os.write(1, f"{listener.getsockname()[1]}\n".encode())
         while True:
             connection, _ = listener.accept()

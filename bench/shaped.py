@@ -52,14 +52,17 @@ class Shaped:
 
 
 @contextmanager
-def shaped(home: Path, image: Path, *, latency_s: float = 0, bytes_per_s: float = 0) -> Iterator[Shaped]:
-    """Serves the file: every answer begins after `latency_s`, all of them share `bytes_per_s` (0: no limit).
-    `home`: a folder for its notes. Raises BenchError."""
+def shaped(
+    home: Path, image: Path | int, *, latency_s: float = 0, bytes_per_s: float = 0
+) -> Iterator[Shaped]:
+    """Serves the file, or so many bytes that are made up: every answer begins after `latency_s`, all of them
+    share `bytes_per_s` (0: no limit). `home`: a folder for its notes. Raises BenchError."""
     log, said = home / "asked", home / "server.out"
     said.unlink(missing_ok=True)
-    words = [sys.executable, "-m", "bench.server", image, "--log", log]
+    what = [f"--made-up-bytes={image}"] if isinstance(image, int) else [str(image)]
+    words = [sys.executable, "-m", "bench.server", *what, "--log", str(log)]
     words += ["--latency-s", str(latency_s), "--bytes-per-s", str(bytes_per_s)]
-    with running([str(word) for word in words], said) as process:
+    with running(words, said) as process:
         wait_until(
             lambda: process.poll() is not None or said.read_text().endswith("\n"), "the server listens"
         )

@@ -9,7 +9,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +61,17 @@ def make_image(path: Path, size_bytes: int) -> None:
 
 def read_all(path: str) -> str:
     """Reads a device from end to end past the page cache; the SHA-256 of its bytes."""
+    return read_start(path, None)
+
+
+def read_start(path: str, size_bytes: int | None) -> str:
+    """The same of its first bytes; None: all of them. size_bytes: a multiple of READ_BYTES."""
     digest = hashlib.sha256()
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     try:
         with mmap.mmap(-1, READ_BYTES) as buffer:
             offset = 0
-            while count := os.preadv(fd, [buffer], offset):
+            while offset != size_bytes and (count := os.preadv(fd, [buffer], offset)):
                 digest.update(memoryview(buffer)[:count])
                 offset += count
     finally:
@@ -110,17 +115,20 @@ class Tierblk:
         cache_mib: int,
         *,
         name: str = "tierblk",
+        device_name: str = "bench",
         **device: str | int,
     ) -> None:
-        """device: keys of its [device]."""
+        """name: in the report; device: keys of its [device]. Devices of one daemon have one cache_dir, other
+        homes and other device names."""
         self.name = name
+        self.device_name = device_name
         self.home = home
         self.cache_dir = cache_dir
         self.slots = cache_dir / "slots"
         self._config = home / "tierblk.toml"
         home.mkdir(parents=True, exist_ok=True)
         self._config.write_text(
-            '[device]\nname = "bench"\n'
+            f'[device]\nname = "{device_name}"\n'
             + "".join(f"{key} = {json.dumps(value)}\n" for key, value in device.items())
             + f'[base]\nurl = "{url}"\n'
             f'[cache]\ndir = "{cache_dir}"\nsize = "{cache_mib}MiB"\n'
@@ -139,7 +147,8 @@ class Tierblk:
         """The device as `tierblk status --json` shows it, with its daemon under `daemon`."""
         words = ("status", "--json", "--cache-dir", str(self.cache_dir))
         document = json.loads(self._tierblk(*words))
-        return {**document["devices"][0], "daemon": document["daemons"][0]}
+        (device,) = (each for each in document["devices"] if each["name"] == self.device_name)
+        return {**device, "daemon": document["daemons"][0]}
 
     def wait_cached(self, size_bytes: int) -> None:
         """Until that much is in the cache and nothing is on its way there."""
@@ -157,11 +166,19 @@ class Tierblk:
 @contextmanager
 def attached(tierblk: Tierblk) -> Iterator[Target]:
     """The device, for the length of the block."""
-    target = tierblk.attach()
-    try:
+    with all_attached([tierblk]) as (target,):
         yield target
+
+
+@contextmanager
+def all_attached(devices: Sequence[Tierblk]) -> Iterator[list[Target]]:
+    """Devices of one daemon (one cache_dir), for the length of the block. Raises BenchError."""
+    targets = [devices[0].attach()]
+    try:
+        targets += [device.attach() for device in devices[1:]]
+        yield targets
     finally:
-        tierblk.stop()
+        devices[0].stop()
 
 
 @contextmanager
@@ -179,17 +196,35 @@ def loop(file: Path) -> Iterator[Target]:
 
 @contextmanager
 def nbdkit(home: Path, file: Path) -> Iterator[Target]:
-    """nbdkit's file plugin behind a Unix socket, and the kernel's nbd client."""
+    """nbdkit's file plugin behind a Unix socket, and the kernel's nbd client. Raises BenchError."""
     address = home / "nbdkit.sock"
+    with _nbd("nbdkit", ["nbdkit", "-f", "-r", "-U", address, "file", file], address) as target:
+        yield target
+
+
+@contextmanager
+def qemu_nbd(home: Path, file: Path) -> Iterator[Target]:
+    """QEMU's server over the file, behind a Unix socket, and the kernel's nbd client. Raises BenchError."""
+    address = home / "qemu.sock"
+    with _nbd("qemu", ["qemu-nbd", "-r", "-t", "-k", address, "-f", "raw", file], address) as target:
+        yield target
+
+
+@contextmanager
+def _nbd(name: str, command: Sequence[str | Path], address: Path) -> Iterator[Target]:
+    """A server that listens at a Unix socket, as a device of the kernel's nbd client."""
     free = [node for node in Path("/sys/block").glob("nbd*") if not (node / "pid").exists()]
     if not free:
         raise BenchError("there is no free /dev/nbdN; modprobe nbd")
     path = f"/dev/{min(free, key=lambda node: int(node.name[3:])).name}"
-    with running(["nbdkit", "-f", "-r", "-U", address, "file", file], home / "nbdkit.out") as process:
-        wait_until(address.exists, "nbdkit listens")
+    words = address.with_suffix(".out")
+    with running(command, words) as process:
+        wait_until(lambda: process.poll() is not None or address.exists(), f"{name} listens")
+        if process.poll() is not None:
+            raise BenchError(f"{name} ended: {words.read_text()[-300:]}")
         output(["nbd-client", "-unix", address, path, "-b", "512"])
         try:
-            yield Target("nbdkit", path, process.pid)
+            yield Target(name, path, process.pid)
         finally:
             output(["nbd-client", "-d", path])
 

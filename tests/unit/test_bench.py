@@ -33,22 +33,24 @@ def _result(ours: list[float], theirs: list[float], peer: str = "loop") -> Resul
 def _fio(**job: Any) -> str:
     read = {"iops": 1234.5, "bw_bytes": 5_000_000, "total_ios": 617, "lat_ns": {"mean": 25_300.0}}
     read["lat_ns"] = {"mean": 25_300.0, "percentile": {"99.000000": 81_000}}
-    return json.dumps({"fio version": "fio-3.33", "jobs": [{"error": 0, "read": read, **job}]})
+    return json.dumps(
+        {"fio version": "fio-3.33", "jobs": [{"jobname": "hits", "error": 0, "read": read, **job}]}
+    )
 
 
 def test_fio_answer_is_read() -> None:
-    read = parse(_fio())
+    read = parse(_fio())["hits"]
     assert (read.requests, read.iops, read.bytes_per_s) == (617, 1234.5, 5_000_000)
     assert (read.mean_us, read.p99_us) == (25.3, 81.0)
 
 
 def test_words_before_fios_json_do_not_matter() -> None:
-    assert parse("fio: this platform does not support ...\n" + _fio()).requests == 617
+    assert parse("fio: this platform does not support ...\n" + _fio())["hits"].requests == 617
 
 
 def test_a_job_that_takes_no_time_has_no_latency() -> None:
     read = {"iops": 1.0, "bw_bytes": 1, "total_ios": 1, "lat_ns": {"mean": 0.0}}
-    assert parse(_fio(read=read)).p99_us == 0
+    assert parse(_fio(read=read))["hits"].p99_us == 0
 
 
 @pytest.mark.parametrize(

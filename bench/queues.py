@@ -1,0 +1,80 @@
+"""Two queues beside one: two jobs on two processors read what is cached. Says nothing on one processor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from bench import fio
+from bench.context import QUEUE_DEPTH, Bench
+from bench.null import null_device
+from bench.targets import MIB, Target, Tierblk, all_attached
+from tierblk.core import ublk
+
+SECTION = "queues"
+SIZE_BYTES = 4096
+DEPTH = 32
+"""Of each job."""
+
+
+def why_not(cpus: int, features: int) -> str | None:
+    """Why two queues cannot be measured with so many processors and such a driver; None when they can."""
+    if cpus < 2:
+        return f"two queues need two processors, this kernel has {cpus}"
+    if not features & ublk.F_PER_IO_DAEMON:
+        return "a device gets one queue before Linux 6.16"
+    return None
+
+
+def measure(bench: Bench, url: str, image: Path) -> None:
+    """Two devices of one daemon over one cache on a tmpfs, and two null devices. Raises BenchError."""
+    if why := why_not(len(os.sched_getaffinity(0)), ublk.features()):
+        bench.skip("two queues", why)
+        return
+    folder = bench.home / "queues"
+    devices = [
+        Tierblk(
+            folder / f"home{queues}",
+            folder / "cache",
+            url,
+            bench.plan.hit_mib * 2,
+            name=name,
+            device_name=f"queues{queues}",
+            queues=queues,
+            queue_depth=QUEUE_DEPTH,
+        )
+        for name, queues in (("one queue", 1), ("tierblk", 2))
+    ]
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        targets = stack.enter_context(all_attached(devices))
+        if (granted := devices[1].status()["queues"]) != 2:
+            bench.skip("two queues", f"the driver granted {granted}")
+            return
+        bench.warm(devices[0], targets[0], image)
+        for name, queues in (("null, one queue", 1), ("null", 2)):
+            device = null_device(
+                bench.null_server,
+                size_bytes=bench.plan.hit_mib * MIB,
+                depth=QUEUE_DEPTH,
+                user_copy=True,
+                queues=queues,
+            )
+            targets.append(Target(name, stack.enter_context(device), os.getpid()))
+        bench.rounds(f"two jobs, 4 KiB x{2 * DEPTH}", targets, partial(_run, bench))
+
+
+def _run(bench: Bench, target: Target, i: int) -> str:
+    read = fio.run(
+        "queues",
+        file=target.path,
+        size=bench.plan.hit_mib * MIB,
+        bs=SIZE_BYTES,
+        depth=DEPTH,
+        runtime_ms=bench.plan.run_ms,
+    )
+    bench.sample(SECTION, "tmpfs", target.name, SIZE_BYTES, 2 * DEPTH, i, read.iops)
+    return f"{read.iops:,.0f} IOPS"
