@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +25,23 @@ def curl(url: str, file: Path) -> Spent:
     return _timed(["-f", "-o", str(file), url])
 
 
-def _timed(words: list[str]) -> Spent:
+def curl_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> Spent:
+    """One curl that fetches (offset, length) pieces one after the other over one connection, and keeps
+    nothing. Raises BenchError."""
+    jobs = [
+        f'url = "{url}"\nrange = "{offset}-{offset + length - 1}"\noutput = "/dev/null"\nfail\n'
+        for offset, length in ranges
+    ]
+    return _timed(["-K", "-"], "next\n".join(jobs))
+
+
+def _timed(words: list[str], said: str = "") -> Spent:
+    """`said`: on its stdin."""
     began_s = time.monotonic()
-    process = subprocess.Popen(["curl", "-sS", *words])
+    process = subprocess.Popen(["curl", "-sS", *words], stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(said)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

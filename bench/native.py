@@ -6,24 +6,27 @@ counted is the daemon's part: everything this process used but for the reading t
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.curl import Spent, curl
+from bench.asked import PAGE_BYTES
+from bench.curl import Spent, curl, curl_ranges
 from bench.fio import BenchError
 from bench.plan import Plan
 from bench.process import Progress
+from bench.readers import Piece, Readers, compiled
 from bench.results import Result, Sample
 from bench.targets import MIB, make_image, nginx
 from tierblk import config
 from tierblk.cache import Cache
-from tierblk.core import BLOCK_BYTES, Engine, Layer, LocalDoor, local_door
+from tierblk.core import BLOCK_BYTES, Engine, Layer, local_door
 from tierblk.daemon import settle_collector
 from tierblk.errors import TierblkError
 from tierblk.fill import Fills
@@ -70,67 +73,146 @@ async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[En
         await cache.close()
 
 
-def _read(door: LocalDoor, offset_bytes: int) -> float:
-    """Reads 1 MiB; the CPU-seconds that it took in this thread."""
-    began_s = time.thread_time()
-    door.read(offset_bytes, MIB)
-    return time.thread_time() - began_s
+@dataclass(frozen=True)
+class Cold:
+    """What cold reads through the in-process door need. `home` is on a tmpfs, `disk` where caches and curl's
+    file lie, `library` the compiled reading threads, `url` the folder of the images."""
 
+    plan: Plan
+    result: Result
+    home: Path
+    disk: Path
+    library: Path
+    url: str
+    progress: Progress
 
-async def _cold_read(settings: config.Config, run_dir: Path, size: int, depth: int) -> Spent:
-    """Seconds until the last byte was read, CPU-seconds until all of it was on the disk as well."""
-    async with tier(settings, run_dir) as (engine, layer, fills):
-        loop = asyncio.get_running_loop()
-        with local_door(engine, layer, queue_depth=64) as door, ThreadPoolExecutor(depth) as readers:
-            began_s, cpu_began_s = time.monotonic(), time.process_time()
-            offsets = range(0, size, MIB)
-            reads = [loop.run_in_executor(readers, _read, door, offset) for offset in offsets]
-            reading_s = sum(await asyncio.gather(*reads))
-            took_s = time.monotonic() - began_s
-            await fills.idle()
-            return Spent(took_s, time.process_time() - cpu_began_s - reading_s)
+    def keep(
+        self, section: str, medium: str, target: str, size: int, depth: int, i: int, value: float
+    ) -> None:
+        """Keeps one figure of round `i`; size in bytes."""
+        self.result.samples.append(Sample(section, medium, target, size, depth, i, value))
 
-
-def measure(plan: Plan, result: Result, disk: Path, progress: Progress) -> None:
-    """Adds the samples of medium `native`; `disk`, a folder, is where the cache and curl's file lie.
-    Raises BenchError."""
-    size = plan.miss_mib * MIB
-    with (
-        tempfile.TemporaryDirectory(prefix="tierblk-bench-", dir="/dev/shm") as memory,
-        tempfile.TemporaryDirectory(prefix="native-", dir=disk) as folder,
-    ):
-        home = Path(memory)
-        (home / "served").mkdir()
-        make_image(home / "served" / "image.raw", size)
-        with nginx(home / "nginx", home / "served") as address:
-            for i in range(plan.rounds):
-                _round(plan, result, home, Path(folder), f"{address}/image.raw", i, progress)
-
-
-def _round(plan: Plan, result: Result, home: Path, disk: Path, url: str, i: int, progress: Progress) -> None:
-    size = plan.miss_mib * MIB
-
-    def keep(name: str, depth: int, spent: Spent) -> None:
-        result.samples.append(Sample("miss", "native", name, MIB, depth, i, size / spent.took_s / 1e6))
-        result.samples.append(Sample("cpu", "native", name, MIB, depth, i, spent.cpu_s / (size / 1e9)))
-
-    curled = curl(url, disk / "curl.out")
-    (disk / "curl.out").unlink()
-    for depth in plan.miss_depths:
-        keep("curl", depth, curled)
-        cache_dir, run_dir = disk / "cache", home / "run"
-        file = home / "tierblk.toml"
-        file.write_text(CONFIG.format(url=url, cache_dir=cache_dir, cache_mib=plan.miss_mib * 5 // 4 + 64))
+    def read(
+        self, image: str, cache_mib: int, pieces: Sequence[Piece], depth: int, before: Sequence[Piece] = ()
+    ) -> tuple[Spent, int]:
+        """Reads the pieces with a new cache, after those of `before`: what that took, and how many bytes the
+        cache has more than before. Raises BenchError."""
+        cache_dir, run_dir, file = self.disk / "cache", self.home / "run", self.home / "tierblk.toml"
+        url = f"{self.url}/{image}"
+        file.write_text(CONFIG.format(url=url, cache_dir=cache_dir, cache_mib=cache_mib))
         try:
-            spent = asyncio.run(_cold_read(config.load(file), run_dir, size, depth))
+            return asyncio.run(
+                _read(
+                    config.load(file),
+                    run_dir,
+                    [each for each in (before, pieces) if each],
+                    depth,
+                    self.library,
+                )
+            )
         except (TierblkError, OSError) as error:
             raise BenchError(f"a cold read through the in-process door: {error}") from None
         finally:
             shutil.rmtree(cache_dir, ignore_errors=True)
             shutil.rmtree(run_dir, ignore_errors=True)
-        keep("tierblk", depth, spent)
+
+
+async def _read(
+    settings: config.Config, run_dir: Path, parts: Sequence[Sequence[Piece]], depth: int, library: Path
+) -> tuple[Spent, int]:
+    """Of the last part: seconds until its last byte was read, CPU-seconds until all was done with; and how
+    many bytes it added to the cache."""
+    async with tier(settings, run_dir) as (engine, layer, fills):
+        with local_door(engine, layer, queue_depth=64) as door:
+            for pieces in parts:
+                readers = Readers(library, [pieces])
+                await fills.idle()
+                cached_before = layer.cached_pages()
+                began_s, cpu_began_s = time.monotonic(), time.process_time()
+                reading_s = await asyncio.to_thread(readers.run, door, depth)
+                took_s = time.monotonic() - began_s
+                await fills.idle()
+                spent = Spent(took_s, time.process_time() - cpu_began_s - reading_s)
+                readers.done()
+            return spent, (layer.cached_pages() - cached_before) * PAGE_BYTES
+
+
+def measure(plan: Plan, result: Result, disk: Path, progress: Progress) -> None:
+    """Adds the samples of medium `native`; `disk`, a folder, is where the cache and curl's file lie.
+    Raises BenchError."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tierblk-bench-", dir="/dev/shm") as memory,
+        tempfile.TemporaryDirectory(prefix="native-", dir=disk) as folder,
+    ):
+        home = Path(memory)
+        served = home / "served"
+        served.mkdir()
+        make_image(served / "windows.raw", plan.miss_mib * MIB)
+        make_image(served / "twice.raw", 2 * plan.miss_mib * MIB)
+        make_image(served / "blocks.raw", plan.blocks_mib * MIB)
+        with nginx(home / "nginx", served) as address:
+            cold = Cold(plan, result, home, Path(folder), compiled(disk), address, progress)
+            for i in range(plan.rounds):
+                _windows(cold, i)
+                _unwritten(cold, i)
+                _blocks(cold, i)
+
+
+def _windows(cold: Cold, i: int) -> None:
+    """From end to end in 1 MiB pieces, until it is on the disk as well."""
+    size_mib = cold.plan.miss_mib
+    file = cold.disk / "curl.out"
+    curled = curl(f"{cold.url}/windows.raw", file)
+    file.unlink()
+    for depth in cold.plan.miss_depths:
+        spent, _ = cold.read("windows.raw", size_mib * 5 // 4 + 64, forward(0, size_mib), depth)
+        _keep_windows(cold, "native", depth, i, spent, curled)
+
+
+def _unwritten(cold: Cold, i: int) -> None:
+    """The same from the socket to the waiting request only: the first half of the image has filled the
+    cache, nothing leaves it here, and so the second half is passed on and kept nowhere. The cache is large
+    enough for windows of the usual size."""
+    size_mib = cold.plan.miss_mib
+    curled = curl(f"{cold.url}/windows.raw", Path("/dev/null"))
+    for depth in cold.plan.miss_depths:
+        cache_mib = size_mib * 5 // 8
+        first, second = forward(0, size_mib), forward(size_mib, 2 * size_mib)
+        spent, kept_bytes = cold.read("twice.raw", cache_mib, second, depth, first)
+        if kept_bytes:
+            raise BenchError(f"{kept_bytes} bytes that there was no room for were written to the cache")
+        _keep_windows(cold, "native, unwritten", depth, i, spent, curled)
+
+
+def _keep_windows(cold: Cold, medium: str, depth: int, i: int, ours: Spent, curls: Spent) -> None:
+    size = cold.plan.miss_mib * MIB
+    said = []
+    for name, spent in (("curl", curls), ("tierblk", ours)):
         mb_per_s, s_per_gb = size / spent.took_s / 1e6, spent.cpu_s / (size / 1e9)
-        progress(
-            f"misses, native, round {i + 1}/{plan.rounds}: tierblk x{depth} {mb_per_s:.0f} MB/s, "
-            f"{s_per_gb:.2f} CPU-s/GB; curl {size / curled.took_s / 1e6:.0f} MB/s"
-        )
+        cold.keep("miss", medium, name, MIB, depth, i, mb_per_s)
+        cold.keep("cpu", medium, name, MIB, depth, i, s_per_gb)
+        said.append(f"{name} {mb_per_s:.0f} MB/s, {s_per_gb:.2f} CPU-s/GB")
+    what = f"misses, {medium}, x{depth}, round {i + 1}/{cold.plan.rounds}"
+    cold.progress(f"{what}: {'; '.join(said)}")
+
+
+def _blocks(cold: Cold, i: int) -> None:
+    """Single blocks in random order, a request each."""
+    size = cold.plan.blocks_mib * MIB
+    places = list(range(0, size, BLOCK_BYTES))
+    random.Random(i).shuffle(places)
+    curled = curl_ranges(f"{cold.url}/blocks.raw", [(place, BLOCK_BYTES) for place in places])
+    for depth in cold.plan.miss_depths:
+        pieces = [Piece(place, BLOCK_BYTES) for place in places]
+        spent, kept_bytes = cold.read("blocks.raw", cold.plan.blocks_mib * 5 // 4 + 64, pieces, depth)
+        figures = {"curl": curled.cpu_s / len(places) * 1e6, "tierblk": spent.cpu_s / len(places) * 1e6}
+        for name, used_us in figures.items():
+            cold.keep("cpu-block", "native", name, BLOCK_BYTES, depth, i, used_us)
+        cold.result.facts[f"single blocks native x{depth}"] = {"bytes kept to bytes read": kept_bytes / size}
+        what = f"single blocks, native, x{depth}, round {i + 1}/{cold.plan.rounds}"
+        cold.progress(f"{what}: " + ", ".join(f"{name} {used:.0f} CPU-us" for name, used in figures.items()))
+
+
+def forward(first_mib: int, stop_mib: int) -> list[Piece]:
+    """1 MiB after the other."""
+    return [Piece(at * MIB, MIB) for at in range(first_mib, stop_mib)]
