@@ -3,7 +3,7 @@
     python3 -m bench               measures, prints the tables, keeps everything in build/bench/DATE.json
     python3 -m bench cold [PART]…  only the cold reads: random, stream, other (or those that are named)
     python3 -m bench instructions  only the instructions a hit; --tree DIR: of another checkout's tierblk
-    python3 -m bench show FILE     prints the tables of a kept result
+    python3 -m bench show FILE     prints the tables of a kept result; --plot PICTURE draws its ratios
     python3 -m bench compare A B   says which ratios changed beyond noise from A to B
 
 docs/benchmarks.md says what is measured, where, and what the figures are good for.
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     counted.add_argument("--quick", action="store_true")
     for name in ("null", "hitter", "other"):
         counted.add_argument(f"--{name}", type=Path)
-    verbs.add_parser("show").add_argument("file", type=Path)
+    showing = verbs.add_parser("show")
+    showing.add_argument("file", type=Path)
+    showing.add_argument("--plot", type=Path, help="draws the ratios into this file, .svg or .png")
     comparing = verbs.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
@@ -179,6 +181,19 @@ def _run() -> None:
     _write(result, kept)
     sys.stdout.write(report.table(result))
     sys.stderr.write(f"kept as {kept.relative_to(REPO)}\n")
+    _draw(result, kept.with_suffix(".svg"))
+
+
+def _draw(result: Result, path: Path) -> None:
+    """A picture, if that can be made; if not, a sentence."""
+    from bench import plot
+
+    try:
+        plot.draw(result, path)
+    except (BenchError, OSError, ValueError) as failure:
+        sys.stderr.write(f"bench: {failure}\n")
+    else:
+        sys.stderr.write(f"drawn as {path}\n")
 
 
 def main() -> int:
@@ -194,7 +209,10 @@ def main() -> int:
         elif options.verb == "instructions":
             _instructions(options)
         elif options.verb == "show":
-            sys.stdout.write(report.table(_load(options.file)))
+            result = _load(options.file)
+            sys.stdout.write(report.table(result))
+            if options.plot:
+                _draw(result, options.plot)
         elif options.verb == "compare":
             sys.stdout.write(report.changes(compare(_load(options.before), _load(options.after))))
         else:
