@@ -30,6 +30,12 @@ def test_why_two_queues_are_not_measured() -> None:
     assert queues.why_not(2, ublk.F_PER_IO_DAEMON) is None
 
 
+def test_each_job_gets_a_processor_of_another_queue() -> None:
+    assert queues.one_of_each(["0, 1\n", "2, 3\n"], {0, 1, 2, 3}) == [0, 2]
+    assert queues.one_of_each(["0, 2\n", "1, 3\n"], {2, 3}) == [2, 3]
+    assert queues.one_of_each(["0, 1\n", "2\n", "\n"], {0, 1}) == [0]
+
+
 def test_memory_that_counts() -> None:
     status = "Name:\tpython3\nVmRSS:\t  900 kB\nRssAnon:\t  300 kB\nRssFile:\t 500 kB\nRssShmem:\t 100 kB\n"
     assert memory.resident(status) == 400 * 1024
