@@ -36,6 +36,7 @@ class Figure:
 
 FIGURES = {
     "memory-idle": Figure("memory of a daemon with an empty cache and an idle device", "MiB", 0.03),
+    "memory-warm": Figure("memory of the same after it passed on what is not cached", "MiB", 0.03),
     "memory-block": Figure("memory that a cached block of 64 KiB adds", "bytes", 0.05),
     "devices-share": Figure("what the least served of ten devices gets, to their mean", "", 0.10),
     "boot-bytes": Figure("a boot, replayed: bytes fetched for each byte read for the first time", "", 0.0),

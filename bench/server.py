@@ -75,15 +75,19 @@ class Stored:
 
 
 class MadeUp:
-    """As many bytes as are wanted, which take no room: the same random ones over and over, so no page of them
-    is zero."""
+    """As many bytes as are wanted, which take no room: zeros first, then the same random ones over and over,
+    so that no page of those is zero."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, zero_bytes: int = 0) -> None:
         self.size_bytes = size_bytes
+        self.zero_bytes = zero_bytes
+        self._zeros = memoryview(bytes(MADE_UP_BYTES))
         self._bytes = memoryview(random.Random(0).randbytes(MADE_UP_BYTES))
 
     def piece(self, first: int, count: int) -> memoryview:
         """`count` bytes at most, and no more than there are to the next repetition."""
+        if first < self.zero_bytes:
+            return self._zeros[: min(count, self.zero_bytes - first)]
         start = first % MADE_UP_BYTES
         return self._bytes[start : start + count]
 
@@ -148,13 +152,16 @@ def main() -> None:
     image = parser.add_mutually_exclusive_group(required=True)
     image.add_argument("file", nargs="?")
     image.add_argument("--made-up-bytes", type=int, help="no file: an image of this size, made up")
+    parser.add_argument(
+        "--zero-bytes", type=int, default=0, help="how many of these, at the front, are zeros"
+    )
     parser.add_argument("--latency-s", type=float, default=0.0)
     parser.add_argument("--bytes-per-s", type=float, default=0.0)
     parser.add_argument("--log", default=os.devnull)
     options = parser.parse_args()
     # A line is one appending write: threads share the file, and a buffered one is not made for that.
     log_fd = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-    stored = Stored(options.file) if options.file else MadeUp(options.made_up_bytes)
+    stored = Stored(options.file) if options.file else MadeUp(options.made_up_bytes, options.zero_bytes)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(stored, options.latency_s, options.bytes_per_s, log_fd)
         os.write(1, f"{listener.getsockname()[1]}\n".encode())

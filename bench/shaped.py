@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.asked import Get
 from bench.fio import BenchError
 from bench.process import running, wait_until
+from bench.server import MadeUp
 
 
 def parse(lines: list[str]) -> list[Get]:
@@ -53,13 +54,15 @@ class Shaped:
 
 @contextmanager
 def shaped(
-    home: Path, image: Path | int, *, latency_s: float = 0, bytes_per_s: float = 0
+    home: Path, image: Path | MadeUp, *, latency_s: float = 0, bytes_per_s: float = 0
 ) -> Iterator[Shaped]:
-    """Serves the file, or so many bytes that are made up: every answer begins after `latency_s`, all of them
+    """Serves the file, or what is made up: every answer begins after `latency_s`, all of them
     share `bytes_per_s` (0: no limit). `home`: a folder for its notes. Raises BenchError."""
     log, said = home / "asked", home / "server.out"
     said.unlink(missing_ok=True)
-    what = [f"--made-up-bytes={image}"] if isinstance(image, int) else [str(image)]
+    what = [str(image)]
+    if isinstance(image, MadeUp):
+        what = [f"--made-up-bytes={image.size_bytes}", f"--zero-bytes={image.zero_bytes}"]
     words = [sys.executable, "-m", "bench.server", *what, "--log", str(log)]
     words += ["--latency-s", str(latency_s), "--bytes-per-s", str(bytes_per_s)]
     with running(words, said) as process:

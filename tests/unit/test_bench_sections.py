@@ -38,7 +38,8 @@ def test_each_job_gets_a_processor_of_another_queue() -> None:
 
 def test_memory_that_counts() -> None:
     status = "Name:\tpython3\nVmRSS:\t  900 kB\nRssAnon:\t  300 kB\nRssFile:\t 500 kB\nRssShmem:\t 100 kB\n"
-    assert memory.resident(status) == 400 * 1024
+    assert memory.resident(status) == memory.Resident(300 * 1024, 100 * 1024)
+    assert memory.resident(status).total == 400 * 1024
 
 
 def test_a_made_up_image_has_no_zero_page_and_repeats() -> None:
@@ -47,6 +48,13 @@ def test_a_made_up_image_has_no_zero_page_and_repeats() -> None:
     assert all(any(image.piece(page, 4096)) for page in range(0, MADE_UP_BYTES, 4096))
     assert image.piece(MADE_UP_BYTES + 5000, 100) == image.piece(5000, 100)
     assert len(image.piece(MADE_UP_BYTES - 10, 100)) == 10  # the rest is asked for next
+
+
+def test_a_made_up_image_may_begin_with_zeros() -> None:
+    image = MadeUp(3 * MADE_UP_BYTES, zero_bytes=8192)
+    assert bytes(image.piece(4000, 9000)) == bytes(4192)
+    assert bytes(image.piece(0, 100)) == bytes(100)
+    assert image.piece(8192, 4096) == MadeUp(MADE_UP_BYTES).piece(8192, 4096)
 
 
 def test_a_stored_image(tmp_path: Path) -> None:
