@@ -83,14 +83,17 @@ def _section(result: Result, section: str) -> str:
 
 def _figures(result: Result) -> str:
     """What has no peer, a line each; another target's beside it for orientation."""
-    rows = [["figures", "", ""]]
+    rows, beside = [["figures", ""]], [""]
     for series in result.series():
         if (known := FIGURES.get(series[0])) is None:
             continue
         others = [target for target in result.targets(series) if target != SUBJECT]
-        beside = ", ".join(f"{target} {_median(result, series, target)}" for target in others)
-        rows.append([f"  {known.title}", f"{_median(result, series, SUBJECT)} {known.unit}".strip(), beside])
-    return columns(rows) if len(rows) > 1 else ""
+        beside.append("; ".join(f"{target} {_median(result, series, target)}" for target in others))
+        rows.append([f"  {known.title}", f"{_median(result, series, SUBJECT)} {known.unit}".strip()])
+    if len(rows) == 1:
+        return ""
+    lines = zip(columns(rows).splitlines(), beside, strict=True)
+    return "\n".join(f"{line}   ({others})" if others else line for line, others in lines)
 
 
 def _limit(bar: Bar) -> str:

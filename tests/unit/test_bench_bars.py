@@ -81,6 +81,22 @@ def test_figures_are_compared_without_rounds(after: float, verdict: str) -> None
     assert "(itself)" in report.changes([change])
 
 
+def test_a_figure_that_is_timed_needs_rounds() -> None:
+    share = ("devices-share", "tmpfs", 4096, 160)
+
+    def measured(*values: float) -> Result:
+        result = _result()
+        result.samples = [
+            Sample(*share[:2], "tierblk", *share[2:], i, value) for i, value in enumerate(values)
+        ]
+        return result
+
+    (one,) = compare(measured(0.5), measured(0.9))
+    assert one.verdict == "unknown"
+    (three,) = compare(measured(0.5, 0.51, 0.52), measured(0.9, 0.91, 0.92))
+    assert three.verdict == "up"
+
+
 def test_a_result_of_before_has_no_figure_in_common() -> None:
     assert compare(_result(tierblk=[1.0]), _with_memory(40.0)) == []
 
