@@ -172,6 +172,7 @@ def _run() -> None:
         part.unlink(missing_ok=True)
     result.samples += [*native.samples, *cold.samples]
     result.facts |= native.facts | cold.facts
+    result.skipped |= native.skipped
     boot.measure(result)
     result.commit = _commit()
     result.kernel |= {"how": kernel.how, "where": kernel.words}

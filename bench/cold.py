@@ -121,10 +121,11 @@ def scattered(image_bytes: int, seed: int) -> list[Piece]:
 
 async def _measure(settings: config.Config, run_dir: Path, pattern: Pattern, library: Path) -> Run:
     readers = Readers(library, pattern.streams)
-    async with tier(settings, run_dir) as (engine, layer, fills):
-        with local_door(engine, layer, queue_depth=64) as door:
+    async with tier(settings, run_dir) as parts:
+        fills = parts.fills
+        with local_door(parts.engine, parts.layer, queue_depth=64) as door:
             cpu_began_s = time.process_time()
-            reading_s = await asyncio.to_thread(readers.run, door, pattern.depth, pattern.limit_s)
+            reading_s = await readers.read(door, pattern.depth, pattern.limit_s, refuse=parts.refuse)
             await fills.idle()
             used_s = time.process_time() - cpu_began_s - reading_s
     return Run(readers.done(), used_s)

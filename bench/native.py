@@ -44,8 +44,24 @@ size = "{cache_mib}MiB"
 """
 
 
+@dataclass(frozen=True)
+class Tier:
+    """The parts of a daemon that a miss goes through."""
+
+    engine: Engine
+    layer: Layer
+    fills: Fills
+    fetcher: Fetcher
+    bases: dict[int, Base]
+
+    async def refuse(self) -> None:
+        """Ends every fetch, and begins none from now on: reads of what is not cached fail."""
+        self.bases.clear()
+        await self.fills.stop()
+
+
 @asynccontextmanager
-async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[Engine, Layer, Fills]]:
+async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[Tier]:
     """Cache, fetcher and filler as the daemon puts them together, without eviction: the cache has room."""
     loop = asyncio.get_running_loop()
     engine_of = partial(Engine, staging_bytes=settings.remote.staging)
@@ -53,8 +69,12 @@ async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[En
     source = await open_source(settings.base.url, settings.remote)
     identity = source.identity
     layer = await cache.base_layer(identity.url, identity.size_bytes, identity.validator)
-    bases = {layer.layer_id: Base(layer, RawImage(source), Fetcher(source, settings.remote))}
-    fills = Fills(cache.engine, bases, settings.remote.max_window // BLOCK_BYTES)
+    fetcher = Fetcher(source, settings.remote)
+    bases = {layer.layer_id: Base(layer, RawImage(source), fetcher)}
+    window_blocks, readahead = settings.remote.max_window // BLOCK_BYTES, settings.remote.readahead
+    fills = Fills(cache.engine, bases, window_blocks, readahead=readahead)
+
+    daemon = Tier(cache.engine, layer, fills, fetcher, bases)
 
     def on_events() -> None:
         fills.take(cache.engine.poll())
@@ -62,15 +82,24 @@ async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[tuple[En
     loop.add_reader(cache.engine.event_fd, on_events)
     settle_collector()
     try:
-        yield cache.engine, layer, fills
+        yield daemon
         await fills.idle()
     finally:
-        bases.clear()
-        await fills.stop()
+        await daemon.refuse()
         fills.close()
         loop.remove_reader(cache.engine.event_fd)
         await source.aclose()
         await cache.close()
+
+
+@dataclass(frozen=True)
+class ReadCold:
+    """One run. `spent`: seconds until the last byte was read, CPU-seconds of the daemon until all was done
+    with; what was added to the cache, and what was fetched."""
+
+    spent: Spent
+    kept_bytes: int
+    fetched_bytes: int
 
 
 @dataclass(frozen=True)
@@ -93,23 +122,22 @@ class Cold:
         self.result.samples.append(Sample(section, medium, target, size, depth, i, value))
 
     def read(
-        self, image: str, cache_mib: int, pieces: Sequence[Piece], depth: int, before: Sequence[Piece] = ()
-    ) -> tuple[Spent, int]:
-        """Reads the pieces with a new cache, after those of `before`: what that took, and how many bytes the
-        cache has more than before. Raises BenchError."""
+        self,
+        image: str,
+        cache_mib: int,
+        pieces: Sequence[Piece],
+        depth: int,
+        *,
+        before: Sequence[Piece] = (),
+        readahead: bool = True,
+    ) -> ReadCold:
+        """Reads the pieces with a new cache, after those of `before`. Raises BenchError."""
         cache_dir, run_dir, file = self.disk / "cache", self.home / "run", self.home / "tierblk.toml"
-        url = f"{self.url}/{image}"
-        file.write_text(CONFIG.format(url=url, cache_dir=cache_dir, cache_mib=cache_mib))
+        text = CONFIG.format(url=f"{self.url}/{image}", cache_dir=cache_dir, cache_mib=cache_mib)
+        file.write_text(text if readahead else f"{text}[remote]\nreadahead = false\n")
+        parts = [each for each in (before, pieces) if each]
         try:
-            return asyncio.run(
-                _read(
-                    config.load(file),
-                    run_dir,
-                    [each for each in (before, pieces) if each],
-                    depth,
-                    self.library,
-                )
-            )
+            return asyncio.run(_read(config.load(file), run_dir, parts, depth, self.library))
         except (TierblkError, OSError) as error:
             raise BenchError(f"a cold read through the in-process door: {error}") from None
         finally:
@@ -119,22 +147,24 @@ class Cold:
 
 async def _read(
     settings: config.Config, run_dir: Path, parts: Sequence[Sequence[Piece]], depth: int, library: Path
-) -> tuple[Spent, int]:
-    """Of the last part: seconds until its last byte was read, CPU-seconds until all was done with; and how
-    many bytes it added to the cache."""
-    async with tier(settings, run_dir) as (engine, layer, fills):
-        with local_door(engine, layer, queue_depth=64) as door:
+) -> ReadCold:
+    """All parts, one after the other; what the last one showed."""
+    async with tier(settings, run_dir) as daemon:
+        with local_door(daemon.engine, daemon.layer, queue_depth=64) as door:
             for pieces in parts:
                 readers = Readers(library, [pieces])
-                await fills.idle()
-                cached_before = layer.cached_pages()
+                cached, fetched = daemon.layer.cached_pages(), daemon.fetcher.counters.fetched_bytes
                 began_s, cpu_began_s = time.monotonic(), time.process_time()
-                reading_s = await asyncio.to_thread(readers.run, door, depth)
+                reading_s = await readers.read(door, depth, refuse=daemon.refuse)
                 took_s = time.monotonic() - began_s
-                await fills.idle()
+                await daemon.fills.idle()
                 spent = Spent(took_s, time.process_time() - cpu_began_s - reading_s)
                 readers.done()
-            return spent, (layer.cached_pages() - cached_before) * PAGE_BYTES
+            return ReadCold(
+                spent,
+                (daemon.layer.cached_pages() - cached) * PAGE_BYTES,
+                daemon.fetcher.counters.fetched_bytes - fetched,
+            )
 
 
 def measure(plan: Plan, result: Result, disk: Path, progress: Progress) -> None:
@@ -165,23 +195,25 @@ def _windows(cold: Cold, i: int) -> None:
     curled = curl(f"{cold.url}/windows.raw", file)
     file.unlink()
     for depth in cold.plan.miss_depths:
-        spent, _ = cold.read("windows.raw", size_mib * 5 // 4 + 64, forward(0, size_mib), depth)
-        _keep_windows(cold, "native", depth, i, spent, curled)
+        run = cold.read("windows.raw", size_mib * 5 // 4 + 64, forward(0, size_mib), depth)
+        _keep_windows(cold, "native", depth, i, run.spent, curled)
 
 
 def _unwritten(cold: Cold, i: int) -> None:
     """The same from the socket to the waiting request only: the first half of the image has filled the
-    cache, nothing leaves it here, and so the second half is passed on and kept nowhere. The cache is large
-    enough for windows of the usual size."""
-    size_mib = cold.plan.miss_mib
+    cache, nothing leaves it here, and so the second half is passed on and kept nowhere. Without readahead,
+    for what is fetched before anybody waits would be dropped and fetched again."""
+    size_mib, medium = cold.plan.miss_mib, "native, unwritten"
+    first, second = forward(0, size_mib), forward(size_mib, 2 * size_mib)
     curled = curl(f"{cold.url}/windows.raw", Path("/dev/null"))
     for depth in cold.plan.miss_depths:
-        cache_mib = size_mib * 5 // 8
-        first, second = forward(0, size_mib), forward(size_mib, 2 * size_mib)
-        spent, kept_bytes = cold.read("twice.raw", cache_mib, second, depth, first)
-        if kept_bytes:
-            raise BenchError(f"{kept_bytes} bytes that there was no room for were written to the cache")
-        _keep_windows(cold, "native, unwritten", depth, i, spent, curled)
+        run = cold.read("twice.raw", size_mib // 2, second, depth, before=first, readahead=False)
+        if run.kept_bytes or run.fetched_bytes != size_mib * MIB:
+            kept, fetched = run.kept_bytes // MIB, run.fetched_bytes // MIB
+            why = f"of {size_mib} MiB {fetched} were fetched and {kept} kept, wanted was all and nothing"
+            cold.result.skipped[f"misses, {medium}, x{depth}"] = why
+            continue
+        _keep_windows(cold, medium, depth, i, run.spent, curled)
 
 
 def _keep_windows(cold: Cold, medium: str, depth: int, i: int, ours: Spent, curls: Spent) -> None:
@@ -204,11 +236,13 @@ def _blocks(cold: Cold, i: int) -> None:
     curled = curl_ranges(f"{cold.url}/blocks.raw", [(place, BLOCK_BYTES) for place in places])
     for depth in cold.plan.miss_depths:
         pieces = [Piece(place, BLOCK_BYTES) for place in places]
-        spent, kept_bytes = cold.read("blocks.raw", cold.plan.blocks_mib * 5 // 4 + 64, pieces, depth)
-        figures = {"curl": curled.cpu_s / len(places) * 1e6, "tierblk": spent.cpu_s / len(places) * 1e6}
-        for name, used_us in figures.items():
-            cold.keep("cpu-block", "native", name, BLOCK_BYTES, depth, i, used_us)
-        cold.result.facts[f"single blocks native x{depth}"] = {"bytes kept to bytes read": kept_bytes / size}
+        run = cold.read("blocks.raw", cold.plan.blocks_mib * 5 // 4 + 64, pieces, depth)
+        used_us = run.spent.cpu_s / len(places) * 1e6
+        figures = {"curl": curled.cpu_s / len(places) * 1e6, "tierblk": used_us}
+        fetched = run.fetched_bytes / size
+        cold.result.facts[f"single blocks native x{depth}"] = {"bytes fetched to bytes read": fetched}
+        for name, value in figures.items():
+            cold.keep("cpu-block", "native", name, BLOCK_BYTES, depth, i, value)
         what = f"single blocks, native, x{depth}, round {i + 1}/{cold.plan.rounds}"
         cold.progress(f"{what}: " + ", ".join(f"{name} {used:.0f} CPU-us" for name, used in figures.items()))
 

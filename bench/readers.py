@@ -3,10 +3,11 @@ this interpreter's lock between the daemon's loop and those who wait for it."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from errno import EBADMSG
 from pathlib import Path
@@ -92,6 +93,25 @@ class Readers:
         if rc:
             raise BenchError(f"cannot start the reading threads: {os.strerror(rc)}")
         return used_ns.value / NS_PER_S
+
+    async def read(
+        self,
+        door: LocalDoor,
+        depth: int,
+        limit_s: float | None = None,
+        *,
+        refuse: Callable[[], Awaitable[None]],
+    ) -> float:
+        """The same beside an event loop. When it is cancelled it still waits for the end, for the door must
+        not be closed before; `refuse` has the tier fail what waits and what is still to come, which would
+        otherwise wait for a server that an interrupt has ended as well."""
+        reading = asyncio.ensure_future(asyncio.to_thread(self.run, door, depth, limit_s))
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            await refuse()
+            await asyncio.wait([reading])
+            raise
 
     def done(self) -> list[Done]:
         """What was read. Raises BenchError when a read failed or brought other bytes."""
