@@ -104,16 +104,17 @@ def _limit(bar: Bar) -> str:
 
 def _bars(result: Result) -> str:
     """Nothing when none of them was measured."""
-    checked = check(result)
-    if all(each.found is None for each in checked):
-        return ""
-    rows = [["bars", "", "", ""]]
-    for each in checked:
+    rows, unmeasured = [["bars", "", "", ""]], 0
+    for each in check(result):
         bar = each.bar
+        if each.found is None:
+            unmeasured += 1
+            continue
         what = f"  {bar.series[0]} {name_of(bar.series)}" + (f" to {bar.peer}" if bar.peer else "")
-        found = "" if each.found is None else number(each.found.value)
-        rows.append([what, found, _limit(bar), each.verdict])
-    return columns(rows)
+        rows.append([what, number(each.found.value), _limit(bar), each.verdict])
+    if len(rows) == 1:
+        return ""
+    return columns(rows) + (f"\n  {unmeasured} more were not measured" if unmeasured else "")
 
 
 def _skipped(result: Result) -> str:
