@@ -24,6 +24,9 @@ from bench.results import Result, compare, load_summary
 
 REPO = Path(__file__).resolve().parents[1]
 QUICK_VARIABLE = "TIERBLK_BENCH_QUICK"
+ONLY_VARIABLE = "TIERBLK_BENCH_ONLY"
+HERE = ("native", "cold")
+"""Parts that need no ublk."""
 INTERRUPTED = 130
 
 
@@ -39,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--progress", type=Path)
         part.add_argument("--disk")
         part.add_argument("--null", type=Path)
+        part.add_argument("sections", nargs="*")
     cold = verbs.add_parser("cold")
     cold.add_argument("--quick", action="store_true")
     cold.add_argument("--result", type=Path)
@@ -99,7 +103,7 @@ def _part(options: argparse.Namespace) -> None:
     result = _empty(vars(plan))
     progress = Progress(options.progress)
     if options.verb == "inside":
-        inside.measure(plan, result, options.disk, options.null, progress)
+        inside.measure(plan, result, options.disk, options.null, progress, options.sections)
     else:
         native.measure(plan, result, options.result.resolve().parent, progress)
     _write(result, options.result)
@@ -152,10 +156,22 @@ def _instructions(options: argparse.Namespace) -> None:
     sys.stderr.write(f"kept as {kept.relative_to(REPO)}\n")
 
 
+def _sections() -> list[str]:
+    """What is measured: everything, or what the environment names. Raises BenchError."""
+    from bench.inside import SECTIONS
+
+    known = [*HERE, *SECTIONS]
+    named = os.environ.get(ONLY_VARIABLE, "").replace(",", " ").split()
+    if unknown := set(named) - set(known):
+        raise BenchError(f"{ONLY_VARIABLE}: there is no section {min(unknown)}; there are {', '.join(known)}")
+    return [name for name in known if name in named] if named else known
+
+
 def _run() -> None:
     from bench import boot, where
 
     quick = os.environ.get(QUICK_VARIABLE, "") not in ("", "0")
+    wanted = _sections()
     kernel = where.choose()
     sys.stderr.write(f"== benchmarks on {kernel.words}\n")
     where.install()
@@ -164,15 +180,16 @@ def _run() -> None:
     loads = where.Loads()
     part = build_dir / f"part-{os.getpid()}.json"
     try:
-        native = where.here("native", part, quick=quick, loads=loads)
-        cold = where.here("cold", part, quick=quick, loads=loads)
-        part.unlink()
-        result = where.under(kernel, part, quick=quick, loads=loads)
+        parts = [where.here(name, part, quick=quick, loads=loads) for name in HERE if name in wanted]
+        part.unlink(missing_ok=True)
+        inside = [name for name in wanted if name not in HERE]
+        result = where.under(kernel, part, inside, quick=quick, loads=loads)
     finally:
         part.unlink(missing_ok=True)
-    result.samples += [*native.samples, *cold.samples]
-    result.facts |= native.facts | cold.facts
-    result.skipped |= native.skipped
+    for each in parts:
+        result.samples += each.samples
+        result.facts |= each.facts
+        result.skipped |= each.skipped
     boot.measure(result)
     result.commit = _commit()
     result.kernel |= {"how": kernel.how, "where": kernel.words}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from bench.fio import BenchError
 from bench.plan import Plan
 from bench.process import Progress
 from bench.results import Result, Sample
-from bench.targets import MIB, Target, Tierblk, read_all
+from bench.targets import MIB, Target, Tierblk, make_image, read_all
 
 QUEUE_DEPTH = 128
 """Tags of a device, the null targets' too: no read of a hit run waits for one."""
@@ -47,6 +48,16 @@ class Bench:
             for target in targets if i % 2 == 0 else reversed(targets):
                 said = run(target, i)
                 self.progress(f"{what} round {i + 1}/{self.plan.rounds}: {target.name} {said}")
+
+    @contextmanager
+    def image(self, path: Path, size_mib: int) -> Iterator[Path]:
+        """An image of that size, for the length of the block."""
+        self.progress(f"makes an image of {size_mib} MiB")
+        make_image(path, size_mib * MIB)
+        try:
+            yield path
+        finally:
+            path.unlink()
 
     def warm(self, tierblk: Tierblk, target: Target, image: Path) -> None:
         """Reads the whole device, so that all of it is cached, and compares every byte. Raises BenchError."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,10 +17,19 @@ from bench.fio import BenchError
 from bench.plan import Plan
 from bench.process import Progress, output
 from bench.results import Result
-from bench.targets import MIB, make_image, nginx
+from bench.targets import nginx
+
+SECTIONS = ("hits-tmpfs", "hits-memory", "hits-disk", "queues", "devices", "mixed", "misses", "memory")
 
 
-def measure(plan: Plan, result: Result, disk: str | None, null_server: Path, progress: Progress) -> None:
+def measure(
+    plan: Plan,
+    result: Result,
+    disk: str | None,
+    null_server: Path,
+    progress: Progress,
+    sections: Container[str] = SECTIONS,
+) -> None:
     """Runs the plan under this kernel and puts what it finds into `result`. Raises BenchError."""
     release, cpus = os.uname().release, os.cpu_count() or 1
     result.kernel.update(release=release, cpus=cpus)
@@ -31,34 +41,44 @@ def measure(plan: Plan, result: Result, disk: str | None, null_server: Path, pro
         folder_on(disk) as folder,
     ):
         os.environ["TIERBLK_RUN_DIR"] = f"{home}/run"
-        _run(Bench(plan, result, Path(home), folder, null_server, progress))
+        _run(Bench(plan, result, Path(home), folder, null_server, progress), sections)
 
 
-def _run(bench: Bench) -> None:
+def _run(bench: Bench, sections: Container[str]) -> None:
     served = bench.home / "served"
     served.mkdir()
-    bench.progress("makes the image")
-    image = served / "hits.raw"
-    make_image(image, bench.plan.hit_mib * MIB)
-    with nginx(bench.home / "nginx", served) as address:
+    with (
+        nginx(bench.home / "nginx", served) as address,
+        bench.image(served / "hits.raw", bench.plan.hit_mib) as image,
+    ):
         url = f"{address}/{image.name}"
-        hits.measure(bench, "tmpfs", bench.home / "tmpfs", url, image)
-        if bench.disk:
+        if "hits-tmpfs" in sections:
+            hits.measure(bench, "tmpfs", bench.home / "tmpfs", url, image)
+        if "hits-memory" in sections:
+            hits.measure(bench, "memory", bench.home / "tmpfs", url, image)
+        if "hits-disk" in sections and bench.disk:
             hits.measure(bench, "disk", bench.disk / "hits", url, image)
-        else:
-            bench.skip("hits, latency and mixed reads on a disk", "TIERBLK_BENCH_DISK names none")
-        queues.measure(bench, url, image)
-        devices.measure(bench, url, image)
-        image.unlink()
-        image = served / "mixed.raw"
-        make_image(image, (bench.plan.hit_mib + bench.plan.mixed_mib) * MIB)
-        for medium, folder in (("tmpfs", bench.home), ("disk", bench.disk)):
-            if folder:
-                mixed.measure(bench, medium, folder, f"{address}/{image.name}", image)
-        image.unlink()
-        image = served / "misses.raw"
-        make_image(image, bench.plan.miss_mib * MIB)
+        if "queues" in sections:
+            queues.measure(bench, url, image)
+        if "devices" in sections:
+            devices.measure(bench, url, image)
+    if not bench.disk:
+        bench.skip("hits, latency and mixed reads on a disk", "TIERBLK_BENCH_DISK names none")
+    if "mixed" in sections:
+        size_mib = bench.plan.hit_mib + bench.plan.mixed_mib
+        with (
+            nginx(bench.home / "nginx", served) as address,
+            bench.image(served / "mixed.raw", size_mib) as image,
+        ):
+            for medium, folder in (("tmpfs", bench.home), ("disk", bench.disk)):
+                if folder:
+                    mixed.measure(bench, medium, folder, f"{address}/{image.name}", image)
+    if "misses" in sections:
         medium, folder = ("disk", bench.disk) if bench.disk else ("tmpfs", bench.home)
-        misses.measure(bench, medium, folder, f"{address}/{image.name}", image)
-        image.unlink()
-    memory.measure(bench)
+        with (
+            nginx(bench.home / "nginx", served) as address,
+            bench.image(served / "misses.raw", bench.plan.miss_mib) as image,
+        ):
+            misses.measure(bench, medium, folder, f"{address}/{image.name}", image)
+    if "memory" in sections:
+        memory.measure(bench)

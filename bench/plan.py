@@ -13,6 +13,7 @@ class Plan:
     run_ms: int = 700
     hits: tuple[tuple[int, int], ...] = ((4, 32), (16, 32), (64, 32), (4, 128))
     """Size of a request in KiB, and how many at once."""
+    queues_kib: tuple[int, ...] = (4, 64)
     hit_mib: int = 64
     miss_mib: int = 256
     miss_depths: tuple[int, ...] = (1, 4)

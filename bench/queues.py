@@ -16,7 +16,6 @@ from bench.targets import MIB, Target, Tierblk, all_attached
 from tierblk.core import ublk
 
 SECTION = "queues"
-SIZE_BYTES = 4096
 DEPTH = 32
 """Of each job."""
 
@@ -85,18 +84,20 @@ def measure(bench: Bench, url: str, image: Path) -> None:
                 queues=queues,
             )
             targets.append(Target(name, stack.enter_context(device), os.getpid()))
-        bench.rounds(f"two jobs, 4 KiB x{2 * DEPTH}", targets, partial(_run, bench, cpus))
+        for size_kib in bench.plan.queues_kib:
+            run = partial(_run, bench, cpus, size_kib * 1024)
+            bench.rounds(f"two jobs, {size_kib} KiB x{2 * DEPTH}", targets, run)
 
 
-def _run(bench: Bench, cpus: list[int], target: Target, i: int) -> str:
+def _run(bench: Bench, cpus: list[int], size: int, target: Target, i: int) -> str:
     read = fio.run(
         "queues",
         file=target.path,
         size=bench.plan.hit_mib * MIB,
-        bs=SIZE_BYTES,
+        bs=size,
         depth=DEPTH,
         runtime_ms=bench.plan.run_ms,
         cpus=",".join(map(str, cpus)),
     )
-    bench.sample(SECTION, "tmpfs", target.name, SIZE_BYTES, 2 * DEPTH, i, read.iops)
+    bench.sample(SECTION, "tmpfs", target.name, size, 2 * DEPTH, i, read.iops)
     return f"{read.iops:,.0f} IOPS"

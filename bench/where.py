@@ -111,9 +111,9 @@ def here(part: str, out: Path, *, quick: bool, loads: Loads) -> Result:
     return Result.from_json(out.read_text())
 
 
-def under(kernel: Kernel, out: Path, *, quick: bool, loads: Loads) -> Result:
-    """Everything that needs ublk, on that kernel. Raises BenchError."""
-    flags = ["--quick"] if quick else []
+def under(kernel: Kernel, out: Path, sections: Sequence[str], *, quick: bool, loads: Loads) -> Result:
+    """These sections, which need ublk, on that kernel. Raises BenchError."""
+    flags = [*(["--quick"] if quick else []), *sections]
     try:
         server = null.compiled(out.parent)
     except subprocess.CalledProcessError as error:
