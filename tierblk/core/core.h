@@ -5,7 +5,8 @@
  *   a fill's other fields    the filler thread, from the MISS to the end of the fill
  *   a request                its queue's thread, except between park and wake, when the filler may put bytes into it
  *   slot bitmaps             under engine->slot_lock, the innermost lock
- *   rings to and from Python one producer and one consumer each: the filler and the event loop
+ *   rings to and from Python events: any thread of ours, under engine->event_lock, to the event loop; commands: from the
+ *                            loop to the filler
  */
 #ifndef TB_CORE_H
 #define TB_CORE_H
@@ -75,6 +76,7 @@ struct tb_layer {
 };
 
 typedef struct tb_hot tb_hot;
+typedef struct tb_fill tb_fill;
 typedef struct tb_req tb_req;
 struct tb_req {
     tb_req *next; /* in an inbox or a parked list */
@@ -116,6 +118,7 @@ struct tb_queue {
     tb_req *reqs;
     uint8_t *buffers;
     tb_hot *hot; /* NULL: no memory tier */
+    tb_fill *begun, **begun_end; /* fills of this turn's misses, of which Python is not told yet */
     tb_req *inbox;    /* stack: requests that the filler hands back */
     uint32_t armed;   /* 1: asleep, or about to be: a producer must write to wake_fd */
     uint32_t draining, quitting, done, leaving;
@@ -131,7 +134,7 @@ struct tb_queue {
     const uint8_t *cpus; /* the opener's, until the thread is ready */
     size_t cpus_bytes;
     pthread_t thread;
-    bool started;
+    bool started, ring_made;
     pthread_mutex_t ready_lock;
     pthread_cond_t ready_cond;
     bool ready;
@@ -142,9 +145,8 @@ struct tb_queue {
 
 typedef enum { FILL_FREE = 0, FILL_ASKED, FILL_WRITING } tb_fill_state;
 
-typedef struct tb_fill tb_fill;
 struct tb_fill {
-    tb_fill *next;           /* in the miss inbox or the free list */
+    tb_fill *next;           /* in its queue's list of those begun in this turn, or in the free list */
     tb_fill *next_attention; /* in the attention inbox */
     tb_fill *next_written;   /* in its run of slot writes */
     tb_layer *layer;
@@ -215,12 +217,14 @@ struct tb_engine {
     uint32_t clock_fills;
 
     tb_ring events, commands;
-    tb_fill *miss_inbox, *attention_inbox;
+    tb_lock event_lock; /* producers of events: the filler, and queues that tell of misses */
+    tb_fill *attention_inbox;
     tb_note notes[TB_NOTES], *note_free, *note_inbox;
     tb_req *starved, *hungry, **hungry_end; /* requests that found no fill: a stack for all, the filler's list */
     uint32_t drain_scan, filler_quit, need_space_told;
     uint32_t impatient; /* doors whose patience ends some time */
     uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
+    uint32_t dozing, active_ms; /* dozing: the filler sleeps until it is woken; active_ms: when it last saw a fill */
     uint64_t made_ticks, made_ns;
     tb_run runs[TB_OPEN_RUNS];
     tb_fill *pending, **pending_end; /* whole runs one after the other, until the disk may have them */
@@ -324,7 +328,7 @@ void tb_wait_init(tb_engine *engine);
 void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing);
 void tb_touched(tb_layer *layer, uint64_t block);
 void tb_attend(tb_engine *engine);
-void tb_tell_misses(tb_engine *engine);
+void tb_tell_misses(tb_queue *queue);
 void tb_free_leavers(tb_engine *engine);
 void tb_give_up(tb_engine *engine, tb_fill *fill, int result);
 void tb_tick(tb_engine *engine);

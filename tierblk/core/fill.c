@@ -6,11 +6,14 @@
 #define _GNU_SOURCE
 #include "core.h"
 
+/* Does not wake the event loop: tb_ring_kick, once a turn. */
 void tb_say(tb_engine *e, tb_record event)
 {
     /* One MISS and one FILLED per fill and a few more fit the ring by construction; losing one would hang a reader. */
+    tb_lock_take(&e->event_lock);
     if (tb_ring_push(&e->events, &event, 1))
         abort();
+    tb_lock_give(&e->event_lock);
 }
 
 int tb_fills_init(tb_engine *e)
@@ -137,10 +140,11 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     tb_req *list = fill->parked;
     fill->parked = NULL;
     __atomic_store_n(&fill->state, FILL_FREE, __ATOMIC_RELEASE);
-    tb_lock_give(stripe);
-    tb_hand_back_all(list, waiters_result);
+    /* Under the lock, so that it is said before the MISS of whoever finds no fill here any more. */
     tb_say(e, (tb_record){.kind = TB_EV_FILLED, .layer = layer->id, .token = fill->token, .block = fill->block,
                        .value = fill->staging_offset, .result = result, .pages = cached | zero});
+    tb_lock_give(stripe);
+    tb_hand_back_all(list, waiters_result);
     tb_lock_take(&e->fill_lock);
     fill->next = e->fill_free;
     e->fill_free = fill;

@@ -1,9 +1,11 @@
-/* The filler thread: the only producer of events and the only consumer of commands. It never blocks outside
+/* The filler thread: the only consumer of commands, and the producer of all events but MISS. It never blocks outside
  * io_uring_enter and never waits for Python. */
 #define _GNU_SOURCE
 #include "core.h"
 
 #include <sys/prctl.h>
+
+#define LINGER_MS 1000u
 
 void tb_filler_wake(tb_engine *e)
 {
@@ -147,19 +149,31 @@ static void tell_notes(tb_engine *e)
 
 static bool has_work(tb_engine *e)
 {
-    return e->evict_wanted || tb_may_feed(e) || __atomic_load_n(&e->miss_inbox, __ATOMIC_SEQ_CST) || __atomic_load_n(&e->attention_inbox, __ATOMIC_SEQ_CST) ||
+    return e->evict_wanted || tb_may_feed(e) || __atomic_load_n(&e->attention_inbox, __ATOMIC_SEQ_CST) ||
            __atomic_load_n(&e->note_inbox, __ATOMIC_SEQ_CST) || __atomic_load_n(&e->drain_scan, __ATOMIC_SEQ_CST);
 }
 
-/* While fills run it wakes a few times a second by itself, see tb_tick. */
+/* While fills run it wakes a few times a second by itself, see tb_tick, and for a while after the last one: then misses
+ * that come now and then wake it no more often. */
+static bool needs_ticks(tb_engine *e)
+{
+    if (TB_LOAD(&e->fills_active))
+        e->active_ms = e->now_ms;
+    if (e->now_ms - e->active_ms < LINGER_MS)
+        return true;
+    __atomic_exchange_n(&e->dozing, 1, __ATOMIC_SEQ_CST);
+    return TB_LOAD(&e->fills_active) != 0; /* begun meanwhile, by somebody who did not see it doze */
+}
+
 static void submit_and_sleep(tb_engine *e, bool idle)
 {
     struct io_uring_cqe *cqe;
     struct __kernel_timespec tick = {.tv_nsec = TB_TICK_MS * 1000000ll};
-    if (idle && TB_LOAD(&e->fills_active))
+    if (idle && needs_ticks(e))
         io_uring_submit_and_wait_timeout(&e->ring, &cqe, 1, &tick, NULL);
     else
         io_uring_submit_and_wait(&e->ring, idle ? 1 : 0);
+    __atomic_store_n(&e->dozing, 0, __ATOMIC_RELAXED);
     if (!idle)
         io_uring_get_events(&e->ring); /* DEFER_TASKRUN: completions appear only when asked for */
 }
@@ -172,7 +186,6 @@ void *tb_filler_main(void *argument)
     tb_wake_arm(&e->ring, e->commands.wake_fd, &e->wake_value);
     for (;;) {
         e->now_ms = tb_now_ms();
-        tb_tell_misses(e);
         bool busy = take_commands(e);
         tb_attend(e);
         tell_notes(e);

@@ -148,6 +148,7 @@ static void serve_until_done(tb_queue *queue)
         take_inbox(queue);
         if (queue->ops->turn)
             queue->ops->turn(queue);
+        tb_tell_misses(queue);
         __atomic_exchange_n(&queue->armed, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&queue->inbox, __ATOMIC_SEQ_CST) || (queue->ops->waiting && queue->ops->waiting(queue)))
             continue; /* came in while armed was still 0, so nobody wrote to wake_fd */
@@ -163,6 +164,7 @@ static void serve_until_done(tb_queue *queue)
         }
         take_completions(queue);
     }
+    tb_tell_misses(queue); /* a fill that nobody hears of would never end */
 }
 
 /* Where the kernel would like the thread, a bit a processor. Not being allowed there costs speed only. */
@@ -195,6 +197,7 @@ static void *queue_main(void *argument)
         tell_ready(queue, rc);
         return NULL;
     }
+    queue->ring_made = true;
     tb_wake_arm(&queue->ring, queue->wake_fd, &queue->wake_value);
     rc = queue->ops->start(queue);
     if (rc == 0) {
@@ -206,7 +209,10 @@ static void *queue_main(void *argument)
         serve_until_done(queue);
     if (queue->ops->stop)
         queue->ops->stop(queue);
-    io_uring_queue_exit(&queue->ring);
+    /* The ring stays until the door is closed: its commands have to be cancelled by the thread's own exit. When a thread that
+     * lives on closes it, ublk of 6.12 may give it a request after it has taken back those that it had, and waits for that one for
+     * ever. Only the registration is the thread's. */
+    io_uring_unregister_ring_fd(&queue->ring);
     uint64_t one = 1;
     ssize_t written = write(queue->end_fd, &one, sizeof one);
     (void)written;
@@ -241,6 +247,7 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot
     queue->armed = 0;
     queue->patience_ms = UINT32_MAX;
     queue->copy_fd = -1;
+    queue->begun_end = &queue->begun;
     queue->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     queue->end_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     pthread_mutex_init(&queue->ready_lock, NULL);
@@ -293,6 +300,8 @@ void tb_queue_free(tb_queue *queue)
     tb_engine *engine = queue->engine;
     uint32_t tags = queue->depth;
     tb_door_set_patience(queue, UINT32_MAX);
+    if (queue->ring_made)
+        io_uring_queue_exit(&queue->ring);
     if (queue->ops && queue->ops->release)
         queue->ops->release(queue);
     if (queue->buffers && queue->buffers != MAP_FAILED)

@@ -46,15 +46,6 @@ static void call_attention(tb_engine *e, tb_fill *fill)
     while (!__atomic_compare_exchange_n(&e->attention_inbox, &head, fill, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
 }
 
-static void ask(tb_engine *e, tb_fill *fill)
-{
-    tb_fill *head = TB_LOAD(&e->miss_inbox);
-    do
-        fill->next = head;
-    while (!__atomic_compare_exchange_n(&e->miss_inbox, &head, fill, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
-    tb_filler_wake(e);
-}
-
 static bool is_out_of_patience(const tb_req *req, uint32_t now_ms)
 {
     uint32_t patience_ms = TB_LOAD(&req->queue->patience_ms);
@@ -154,10 +145,22 @@ void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing)
     begin_wait(req);
     append(fill, req); /* from here to the hand-back the request is the filler's */
     tb_lock_give(stripe);
-    if (first)
-        ask(e, fill);
-    else if (look)
+    if (first) {
+        fill->next = NULL;
+        *queue->begun_end = fill;
+        queue->begun_end = &fill->next;
+    } else if (look)
         tb_filler_wake(e);
+}
+
+/* Whether somebody waits (else he has left again) for a fill of which Python knows (else its MISS says it). */
+static bool is_worth_telling(tb_fill *fill)
+{
+    tb_lock *stripe = tb_stripe(fill->layer, fill->block);
+    tb_lock_take(stripe);
+    bool worth = fill->told && !fill->ahead;
+    tb_lock_give(stripe);
+    return worth;
 }
 
 /* Filler: fills that somebody parked on after their bytes came, or after they were begun for nobody. */
@@ -170,35 +173,41 @@ void tb_attend(tb_engine *e)
         __atomic_store_n(&fill->attention, 0, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&fill->state, __ATOMIC_ACQUIRE) == FILL_FREE)
             continue;
-        if (__atomic_exchange_n(&fill->waited, 0, __ATOMIC_SEQ_CST) && !TB_LOAD(&fill->ahead)) /* else he has left again */
+        if (__atomic_exchange_n(&fill->waited, 0, __ATOMIC_SEQ_CST) && is_worth_telling(fill))
             tb_say(e, (tb_record){.kind = TB_EV_WAITED, .layer = fill->layer->id, .token = fill->token, .block = fill->block});
         if (fill->staged)
             tb_fill_put(e, fill);
     }
 }
 
-/* Filler: a MISS for each fill that a request began. What others parked for meanwhile is in it. */
-void tb_tell_misses(tb_engine *e)
+/* In a queue's thread, at the end of a turn: a MISS for each fill that a request began in it. What others parked for
+ * meanwhile is in it. Straight to the event loop: the filler has nothing to do before the bytes come, but to look at the
+ * clock now and then, for which it is woken only if it does not do so already. */
+void tb_tell_misses(tb_queue *queue)
 {
-    tb_fill *stack = __atomic_exchange_n(&e->miss_inbox, NULL, __ATOMIC_SEQ_CST), *oldest = NULL;
-    while (stack) {
-        tb_fill *next = stack->next;
-        stack->next = oldest;
-        oldest = stack;
-        stack = next;
-    }
-    for (tb_fill *fill = oldest; fill; fill = fill->next) {
+    tb_engine *e = queue->engine;
+    tb_fill *fill = queue->begun;
+    if (!fill)
+        return;
+    queue->begun = NULL;
+    queue->begun_end = &queue->begun;
+    while (fill) {
+        tb_fill *next = fill->next; /* told, it may end and be another's */
         tb_lock *stripe = tb_stripe(fill->layer, fill->block);
         tb_lock_take(stripe);
-        fill->told = 1;
-        uint16_t want = fill->want;
-        int ahead = fill->ahead; /* everybody has left again */
         tb_head head = fill->layer->entries[fill->block].head;
-        tb_lock_give(stripe);
         uint16_t missing = tb_valid_pages(fill->layer, fill->block) & (uint16_t)~(head.cached | head.zero);
+        /* ahead: everybody has left again. Said under the lock, so before whatever else is said of this fill. */
         tb_say(e, (tb_record){.kind = TB_EV_MISS, .layer = fill->layer->id, .token = fill->token, .block = fill->block,
-                              .value = missing, .result = ahead, .pages = want});
+                              .value = missing, .result = fill->ahead, .pages = fill->want});
+        fill->told = 1;
+        tb_lock_give(stripe);
+        fill = next;
     }
+    tb_ring_kick(&e->events);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* fills_active before dozing; the filler looks the other way round */
+    if (TB_LOAD(&e->dozing))
+        tb_filler_wake(e);
 }
 
 /* Under the stripe lock, in a queue's thread: a marked entry was touched. Without a free note the mark is lost, and the
@@ -256,8 +265,9 @@ static uint32_t part(tb_engine *e, tb_fill *fill, parting leaves)
     bool left = gone && !fill->parked && !fill->ahead && TB_LOAD(&fill->state) == FILL_ASKED && may_say_left(e);
     if (left)
         fill->ahead = 1; /* until somebody comes again */
+    bool told = fill->told; /* else its MISS says it */
     tb_lock_give(stripe);
-    if (left && fill->told)
+    if (left && told)
         tb_say(e, (tb_record){.kind = TB_EV_LEFT, .layer = fill->layer->id, .token = fill->token, .block = fill->block});
     uint32_t count = 0;
     while (gone) {
