@@ -6,6 +6,10 @@
 #include <stdio.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+
+/* What a hit costs, a queue's thread does in microseconds; what streams in meanwhile must not make it wait for its turn. */
+#define NICE -10
 
 /* Any thread: gives a parked request back to its owner, who completes it or looks again. Once it is in the inbox its
  * owner may end it and leave, and the door be closed, before the wake-up below: tb_door_close waits for visitors. */
@@ -190,6 +194,7 @@ static void *queue_main(void *argument)
     name[15] = 0;
     pthread_setname_np(pthread_self(), name);
     go_to_cpus(queue->cpus, queue->cpus_bytes);
+    setpriority(PRIO_PROCESS, 0, NICE); /* of this thread alone; not being allowed to costs latency only */
     queue->now = tb_ticks();
     prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* reclaim must never wait for this thread; needs CAP_SYS_RESOURCE */
     int rc = tb_uring_init(&queue->ring, queue->depth < 64 ? 256 : queue->depth * 4u);
