@@ -161,7 +161,7 @@ struct tb_fill {
     uint8_t waited;    /* atomic: somebody began to wait for a fill that was ahead */
     int32_t result;
     int32_t gave_up; /* under the stripe lock: what fail-fast doors get, 0: nothing yet */
-    uint32_t run_blocks, written_ms;
+    uint32_t run_blocks, ready_ms; /* ready_ms: when it began to wait for the disk */
     uint32_t sums[TB_BLOCK_PAGES];
 };
 
@@ -228,7 +228,8 @@ struct tb_engine {
     uint64_t made_ticks, made_ns;
     tb_run runs[TB_OPEN_RUNS];
     tb_fill *pending, **pending_end; /* whole runs one after the other, until the disk may have them */
-    uint32_t write_failures, paused_ms, pause_ms, writing_blocks, oldest_write_ms;
+    uint32_t write_failures, paused_ms, pause_ms, oldest_write_ms;
+    uint32_t unwritten, writing_blocks; /* blocks that wait for the disk; and those of them that it has been given */
     uint64_t evict_wanted, evict_done, evict_steps;
     uint32_t writes_inflight;
     struct io_uring ring;

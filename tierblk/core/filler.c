@@ -204,7 +204,7 @@ void *tb_filler_main(void *argument)
             tb_write_flush(e, 0);
             tb_write_turn(e);
         }
-        if (quit && !e->writes_inflight)
+        if (quit && !e->writes_inflight && !e->pending)
             break;
         bool idle = tb_ring_arm(&e->commands) && !busy && !has_work(e) && !(__atomic_load_n(&e->filler_quit, __ATOMIC_SEQ_CST) && !quit);
         submit_and_sleep(e, idle);

@@ -9,6 +9,7 @@
 #define SLOW_WRITE_MS 500u
 #define FAILURES_BEFORE_PAUSE 4u
 #define KEPT_SHARE 4u /* of the staging memory: what writes under way leave, so that it can be used again at once */
+#define WRITING_BLOCKS 32u /* 2 MiB: enough to keep a disk busy, and what a hit's read may find before it in the disk's queue */
 
 static void want_space(tb_engine *e)
 {
@@ -38,14 +39,12 @@ static bool disk_is_no_use(tb_engine *e)
 {
     if (pauses(e))
         return true;
-    return (uint64_t)e->writing_blocks * TB_BLOCK_BYTES >= e->staging_bytes / 2 && e->now_ms - e->oldest_write_ms > SLOW_WRITE_MS;
+    return (uint64_t)e->unwritten * TB_BLOCK_BYTES >= e->staging_bytes / 2 && e->now_ms - e->oldest_write_ms > SLOW_WRITE_MS;
 }
 
 static void began(tb_engine *e, tb_fill *fill)
 {
-    if (e->writing_blocks++ == 0)
-        e->oldest_write_ms = e->now_ms;
-    fill->written_ms = e->now_ms;
+    e->writing_blocks++;
     __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* stats look at it from outside */
 }
 
@@ -131,12 +130,15 @@ static bool write_first(tb_engine *e, uint32_t most)
     return true;
 }
 
-/* Filler, once a turn: what is pending goes to the disk, as far as that keeps up. Writes under way hold their staging
- * memory until they end; the last quarter of it is never theirs, so that with a disk that hangs, which disk_is_no_use finds
- * out after a moment, there is something left through which reads pass. */
+/* Filler, once a turn: what is pending goes to the disk, as far as that keeps up. It is given little at once: nobody waits
+ * for these writes, and a hit's read comes after those that it has. They hold their staging memory until they end; a quarter of
+ * it is never theirs, so that with a disk that hangs, which disk_is_no_use finds out after a moment, there is
+ * something left through which reads pass. */
 void tb_write_turn(tb_engine *e)
 {
     uint32_t blocks = (uint32_t)(e->staging_bytes / TB_BLOCK_BYTES), most = blocks - blocks / KEPT_SHARE;
+    if (most > WRITING_BLOCKS)
+        most = WRITING_BLOCKS;
     while (e->pending) {
         bool no_use = disk_is_no_use(e);
         if (!no_use && e->writing_blocks >= most)
@@ -145,6 +147,7 @@ void tb_write_turn(tb_engine *e)
             continue;
         tb_fill *fill = e->pending;
         e->pending = fill->next_written;
+        e->unwritten--;
         pass_through(e, fill);
     }
     if (!e->pending)
@@ -190,6 +193,9 @@ void tb_write_add(tb_engine *e, tb_fill *fill, bool more)
         return;
     }
     __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* nothing more is taken for it (R5) */
+    fill->ready_ms = e->now_ms;
+    if (e->unwritten++ == 0)
+        e->oldest_write_ms = e->now_ms;
     if (!may_join(fill)) {
         *e->pending_end = fill;
         e->pending_end = &fill->next_written;
@@ -263,7 +269,8 @@ static void write_failed(tb_engine *e, tb_fill *fill)
 static void written(tb_engine *e, tb_fill *fill)
 {
     e->writing_blocks--;
-    e->oldest_write_ms = fill->written_ms; /* writes end about in the order they began */
+    e->unwritten--;
+    e->oldest_write_ms = fill->ready_ms; /* they end about in the order in which they were ready */
     if (fill->result == 0)
         fill->result = write_sums(e, fill);
     if (fill->result) {
