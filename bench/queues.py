@@ -13,20 +13,10 @@ from bench import fio
 from bench.context import QUEUE_DEPTH, Bench
 from bench.null import null_device
 from bench.targets import MIB, Target, Tierblk, all_attached
-from tierblk.core import ublk
 
 SECTION = "queues"
 DEPTH = 32
 """Of each job."""
-
-
-def why_not(cpus: int, features: int) -> str | None:
-    """Why two queues cannot be measured with so many processors and such a driver; None when they can."""
-    if cpus < 2:
-        return f"two queues need two processors, this kernel has {cpus}"
-    if not features & ublk.F_PER_IO_DAEMON:
-        return "a device gets one queue before Linux 6.16"
-    return None
 
 
 def one_of_each(lists: Sequence[str], allowed: Set[int]) -> list[int]:
@@ -47,8 +37,8 @@ def _processors(path: str) -> list[int]:
 
 def measure(bench: Bench, url: str, image: Path) -> None:
     """Two devices of one daemon over one cache on a tmpfs, and two null devices. Raises BenchError."""
-    if why := why_not(len(os.sched_getaffinity(0)), ublk.features()):
-        bench.skip("two queues", why)
+    if (count := len(os.sched_getaffinity(0))) < 2:
+        bench.skip("two queues", f"they need two processors, this kernel has {count}")
         return
     folder = bench.home / "queues"
     devices = [

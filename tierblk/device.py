@@ -188,7 +188,7 @@ class Device:
         flags = flags_wanted(self.config.device, granted)
 
         def add() -> None:
-            info = self._add_dev(queues_wanted(self.config.device, granted), flags, wanted_id)
+            info = self._add_dev(queues_wanted(self.config.device), flags, wanted_id)
             self.dev_id, self.flags = info.dev_id, info.flags
             self._queues, self.plane = info.queues, plane_of(info.flags)
             if self.config.device.plane not in ("auto", self.plane):

@@ -30,15 +30,10 @@ def flags_wanted(settings: DeviceSettings, features: int) -> int:
     return flags
 
 
-def queues_wanted(settings: DeviceSettings, features: int) -> int:
-    """For ADD_DEV. More than one are for who asks, until it is measured what they bring.
-
-    Before 6.16 (PER_IO_DAEMON) a hand-over of a device with two queues hangs (seen on 6.12): such a kernel
-    gets one, whatever is asked for.
-    """
-    if settings.queues == "auto" or not features & ublk.F_PER_IO_DAEMON:
-        return 1
-    return settings.queues
+def queues_wanted(settings: DeviceSettings) -> int:
+    """For ADD_DEV, which grants no more than processors. More than one are for who asks: one thread serves
+    more hits than most devices are asked for."""
+    return 1 if settings.queues == "auto" else settings.queues
 
 
 def cpus_of(dev_id: int, queues: int) -> list[bytes]:

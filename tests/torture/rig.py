@@ -19,9 +19,12 @@ from tierblk.rundir import run_root
 MIB = 1 << 20
 SAY_EACH_S = 10.0
 NAME = "torture"
-# A fault that ends nothing by itself should not cost half a minute each time.
+# A fault that ends nothing by itself should not cost half a minute each time. And all that a device can have
+# takes part.
 BRISK: dict[str, str | int | float] = {
     "remote__connect_timeout": "3s",
+    "device__queues": 2,
+    "device__hot_memory": "1MiB",
     "remote__read_timeout": "5s",
     "remote__retry_delay": "20ms",
 }

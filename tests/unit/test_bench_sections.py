@@ -9,7 +9,6 @@ import pytest
 from bench import memory, queues
 from bench.fio import BenchError, parse
 from bench.server import MADE_UP_BYTES, MadeUp, Stored
-from tierblk.core import ublk
 
 
 def test_fios_jobs_are_told_apart() -> None:
@@ -22,12 +21,6 @@ def test_a_job_that_failed_is_an_error_though_others_did_not() -> None:
     job = '{"jobname": "%s", "error": %d, "read": {"total_ios": 1, "iops": 1, "bw_bytes": 1}}'
     with pytest.raises(BenchError, match="error 5"):
         parse('{"jobs": [' + job % ("hits", 0) + "," + job % ("misses", 5) + "]}")
-
-
-def test_why_two_queues_are_not_measured() -> None:
-    assert "processors" in str(queues.why_not(1, ublk.F_PER_IO_DAEMON))
-    assert "6.16" in str(queues.why_not(2, 0))
-    assert queues.why_not(2, ublk.F_PER_IO_DAEMON) is None
 
 
 def test_each_job_gets_a_processor_of_another_queue() -> None:

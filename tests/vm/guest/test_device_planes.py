@@ -17,7 +17,7 @@ from tierblk.core import ublk
 IMAGE_BYTES = 8 * MIB + 3 * 512
 ZERO_COPY_SINCE = (6, 16)
 HAS_ZERO_COPY = tuple(int(part) for part in os.uname().release.split(".")[:2]) >= ZERO_COPY_SINCE
-CPUS = len(os.sched_getaffinity(0)) if HAS_ZERO_COPY else 1  # older kernels get one queue
+CPUS = len(os.sched_getaffinity(0))
 
 
 def _with_holes(path: Path, seed: int) -> None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from errno import EIO, ENODEV, ENXIO
 from pathlib import Path
 
+import pytest
+
 from tests.vm.guest.device_rig import (
     IMPATIENT,
     MIB,
@@ -192,13 +194,14 @@ def test_readers_that_wait_for_the_remote_wait_on_when_the_daemon_is_killed(
         assert [reader.result(BACK_S) for reader in readers] == [wanted[at : at + 4096] for at in offsets]
 
 
+@pytest.mark.parametrize("queues", [1, 2])
 def test_sigterm_hands_the_device_over_to_the_next_attach(
-    scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
+    queues: int, scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
     """As an upgrade does it: the daemon ends clean, its device waits, the next one goes on."""
     image = make_image("handed.raw", IMAGE_BYTES, seed=53)
     cache = scratch / "cache"
-    config = tierblk.config("handed", web.url_of(image), cache, "16MiB")
+    config = tierblk.config("handed", web.url_of(image), cache, "16MiB", device__queues=queues)
     device = tierblk.attach(config)
     compare_whole(device, image, limit_bytes=IMAGE_BYTES // 2)
     with load(device, image) as readers:
