@@ -8,10 +8,11 @@ request. At most what came along with the head is copied. TLS works the same way
 decrypts into what get_buffer returns.
 
 This rests on private names of aiohttp: BaseConnector._factory, and _get and _conns (for reads that want a new
-connection); ResponseHandler._parser, _payload, _read_timeout, _read_timeout_handle, _reschedule_timeout,
-_drop_timeout and _on_read_timeout; and on set_response_params beginning each exchange and feed_data ending
-each head. So aiohttp is pinned to one release, `fault` tries the whole path in memory before it is used, and
-whoever does not find the body in the sink reads it the ordinary way.
+connection, and for those that go around its client); ResponseHandler._parser, _payload, _read_timeout,
+_read_timeout_handle, _reschedule_timeout, _drop_timeout and _on_read_timeout; and on set_response_params
+beginning each exchange and feed_data ending each head. So aiohttp is pinned to one release, `fault` tries the
+whole path in memory before it is used, and whoever does not find the body in the sink reads it the ordinary
+way.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from aiohttp import TCPConnector
+from aiohttp import ClientRequest, ClientTimeout, ServerDisconnectedError, TCPConnector
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
+from yarl import URL
 
 HEAD_READ_BYTES = 4096  # little: what arrives with the head is what must be copied
 HEAD_BYTES_MAX = 64 * 1024  # above it the parser, which has limits of its own, may say what is wrong
@@ -118,6 +120,8 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
         self._message: Any = None
         self._listens = False  # silence counts
         self._heard_s = 0.0
+        self._params: dict[str, Any] = {}  # of the last exchange that aiohttp began here
+        self._outcome: asyncio.Future[bool] | None = None  # of one that began with `ask_again`
 
     # aiohttp makes a timer anew for every piece that comes, four for the smallest answer. Here there is one,
     # which looks back when it rings, and goes on over the exchanges of the connection.
@@ -147,10 +151,42 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
         """The end of the connection: no timer outlives it."""
         super().connection_lost(exc)
         super()._drop_timeout()
+        self._fail_outcome(ServerDisconnectedError())
+
+    def set_exception(self, exc: BaseException, *cause: Any) -> None:
+        """The exchange has failed."""
+        super().set_exception(exc, *cause)
+        self._fail_outcome(exc)
+
+    def _fail_outcome(self, error: BaseException) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            # What happened to the body says more than what happened to the connection.
+            of_body = self._payload.exception() if self._into_sink and self._payload is not None else None
+            self._outcome.set_exception(of_body or error)
+
+    async def ask_again(self, request: bytes, sink: Sink) -> bool:
+        """Sends a request over a connection on which aiohttp's client had an exchange before. True: the body
+        is in the sink. False: the sink did not accept the answer, which `read` gives. Raises what the
+        connection fails with."""
+        transport = self.transport
+        if transport is None or not self._params:
+            raise ServerDisconnectedError
+        self._begin_exchange(sink, self._params)
+        self._outcome = self._loop.create_future()
+        try:
+            transport.write(request)
+            self.start_timeout()
+            return await self._outcome
+        finally:
+            self._outcome = None
 
     def set_response_params(self, **params: Any) -> None:
-        """An exchange begins on this connection."""
-        self._sink = CURRENT_SINK.get()
+        """An exchange of aiohttp's client begins on this connection."""
+        self._params = params
+        self._begin_exchange(CURRENT_SINK.get(), params)
+
+    def _begin_exchange(self, sink: Sink | None, params: Mapping[str, Any]) -> None:
+        self._sink = sink
         self._into_sink = False
         self._in_head = self._sink is not None
         self._head.clear()
@@ -210,7 +246,10 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
         self._head.clear()
         if self._begin_body():
             self._copy_first(rest)
-        elif rest:
+            return
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(False)
+        if rest:
             self.data_received(rest)
 
     def _begin_body(self) -> bool:
@@ -250,10 +289,14 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
         self._sink = None
         self._parser = None  # it still waits for the body, and would call its absence an error
         payload.feed_eof()  # wakes the reader and gives the connection back to the pool
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(True)
 
 
 class DirectConnector(TCPConnector):
     """A connection pool whose connections are DirectHandlers. AttributeError where aiohttp has changed."""
+
+    _asked: tuple[URL, ConnectionKey] | None = None  # the host that was asked last
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -264,6 +307,17 @@ class DirectConnector(TCPConnector):
         self._factory = functools.partial(  # type: ignore[assignment]  # partial is invariant
             DirectHandler, loop=loop, scratch=scratch
         )
+
+    async def connect(self, req: ClientRequest, traces: list[Any], timeout: ClientTimeout) -> Connection:
+        """A connection for a request of aiohttp's client."""
+        self._asked = req.url.origin(), req.connection_key
+        return await super().connect(req, traces, timeout)
+
+    async def idle(self, url: URL) -> Connection | None:
+        """A connection to the host of url that is not in use, on which there was an exchange before."""
+        if self._asked is None or _NEW_CONNECTION.get() or url.origin() != self._asked[0]:
+            return None
+        return await self._get(self._asked[1], [])
 
     async def _get(self, key: ConnectionKey, traces: list[Any]) -> Connection | None:
         """An idle connection for the request that is made now; None: a new one shall be made."""

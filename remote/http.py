@@ -50,11 +50,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from tierblk import address
 from tierblk.errors import ConfigError, RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.remote import direct
+from tierblk.remote.again import Template
 from tierblk.remote.answer import REDIRECTS, Pin, Want, changed, check_partial, is_exact_length, quoted
 from tierblk.remote.source import Identity, Progress
 
@@ -79,6 +81,7 @@ class HttpSource:
         self._headers = dict(headers)
         self._target: URL | None = None  # where the redirects ended
         self._pin: Pin | None = None
+        self._template: Template | None = None  # of the last request whose body went straight into the buffer
         self._identity: Identity | None = None
         self.direct_bodies = 0  # answers whose body went straight into the buffer
         self.read_bodies = 0  # answers whose body was copied out of aiohttp's stream
@@ -157,13 +160,21 @@ class HttpSource:
         sink = direct.Sink(view, lambda status, headers: _may_go_direct(status, headers, want), progress)
         try:
             with _translated(want):
+                if await self._ask_again(url, want, sink):
+                    self._keep(url)
+                    self.direct_bodies += 1
+                    return
                 response, final = await self._send(url, want, sink)
                 if sink.owner is None:  # else the protocol has checked it
-                    await self._check(response, want, final)
+                    if response.status == 412:
+                        response.close()
+                    await self._check(response.status, response.headers, want, final)
                 self._keep(final)
                 if sink.owner is not None:
                     await response.read()  # returns when the protocol has put the last byte into the view
                     self.direct_bodies += 1
+                    if self._template is None or not self._template.fits(final, want):
+                        self._template = Template.of(final, want.pin, response.request_info.headers)
                 else:
                     await self._read(response, want, view, progress)
         finally:
@@ -171,6 +182,43 @@ class HttpSource:
             sink.close()
             if response is not None:
                 response.close()
+
+    async def _ask_again(self, url: URL, want: Want, sink: direct.Sink) -> bool:
+        """The last request for another range, over a connection that is there: the same bytes on the wire,
+        without the work of aiohttp's client, which is half of what a small miss costs in Python. False: it
+        shall ask, nothing has come."""
+        template, connector = self._template, self._session.connector
+        if (
+            template is None
+            or not template.fits(url, want)
+            or not isinstance(connector, direct.DirectConnector)
+        ):
+            return False
+        connection = await connector.idle(url)
+        if connection is None:
+            return False
+        handler = connection.protocol
+        assert isinstance(handler, direct.DirectHandler)
+        try:
+            in_sink = await handler.ask_again(template.request(want), sink)
+            message, _ = await handler.read()
+            if in_sink:
+                connection.release()
+                return True
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            if sink.owner is not None:
+                raise
+            return False  # a server may close a connection that is idle at any time
+        except HttpProcessingError as error:
+            raise RemoteMismatch(
+                f"{want.asked}, but what came is not HTTP: {quoted(error.message)}"
+            ) from error
+        finally:
+            connection.close()  # unless it was released
+        if message.code not in REDIRECTS:
+            await self._check(message.code, message.headers, want, url)
+        self._template = None  # the range, but not in a way that could go straight into the buffer
+        return False
 
     async def _send(
         self, url: URL, want: Want, sink: direct.Sink | None
@@ -215,12 +263,11 @@ class HttpSource:
             self._keep(final)
             return now
 
-    async def _check(self, response: aiohttp.ClientResponse, want: Want, url: URL) -> None:
+    async def _check(self, status: int, headers: Mapping[str, str], want: Want, url: URL) -> None:
         """check_partial; and for a 412, which does not say it, find out what the server has instead."""
-        if response.status != 412:
-            check_partial(response.status, response.headers, want)
+        if status != 412:
+            check_partial(status, headers, want)
             return
-        response.close()
         try:
             now = await self._look(url)
         except TierblkError:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from tierblk.config import RemoteSettings
+from tierblk.remote.http import HttpSource, open_http
 
 STOP_S = 20.0
 
@@ -164,6 +165,22 @@ def server_context(home: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(home / "server.pem", home / "server.key")
     return context
+
+
+WAYS = ("direct", "again", "read")
+"""How a body can come: into the buffer, by aiohttp's client; the same by a request that goes around it, over
+a connection that is there; out of aiohttp's stream."""
+
+
+async def opened(server: OddServer, way: str, settings: RemoteSettings) -> HttpSource:
+    """A source whose next read goes that way."""
+    source = await open_http(server.url(), settings, may_go_direct=way != "read")
+    if way == "again":
+        script, server.script = server.script, None
+        await source.read_into(0, memoryview(bytearray(4096)), lambda count: None)
+        assert source.direct_bodies == 1
+        server.script = script
+    return source
 
 
 def remote_settings(**keys: object) -> RemoteSettings:

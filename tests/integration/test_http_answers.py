@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.integration.servers import (
+    WAYS,
     Connection,
     OddServer,
     Request,
     Script,
     make_certificates,
+    opened,
     remote_settings,
     server_context,
 )
@@ -215,14 +217,14 @@ async def fails(source: HttpSource, *, some_bytes: bool = False) -> TierblkError
     return caught.value
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "read"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("row", "message", "answer"), CASES, ids=[f"{number}-{case[1]}" for number, case in enumerate(CASES)]
 )
-async def test_wrong_answer(row: str, message: str, answer: Answer, direct: bool) -> None:
+async def test_wrong_answer(row: str, message: str, answer: Answer, way: str) -> None:
     async with OddServer(CONTENT) as server:
         server.script = after_probe(server, answer)
-        source = await open_http(server.url(), remote_settings(read_timeout="200ms"), may_go_direct=direct)
+        source = await opened(server, way, remote_settings(read_timeout="200ms"))
         error = await fails(source, some_bytes=answer in (half_a_body, close_in_the_body))
         assert type(error) is VERDICTS[row]
         assert message in str(error)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from tests.integration.servers import (
+    WAYS,
     Connection,
     OddServer,
     Request,
     make_certificates,
+    opened,
     remote_settings,
     server_context,
 )
@@ -73,11 +75,11 @@ def open_responses(source: HttpSource) -> int:
     return len(connector._acquired)
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "read"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("stage", ["head", "inside the head", "start of the body", "body"])
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 async def test_cancel(
-    stage: str, tls: bool, direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, tls: bool, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sinks = list[Sink]()
 
@@ -91,7 +93,7 @@ async def test_cancel(
     async with OddServer(CONTENT, tls=context) as server, asyncio.timeout(DEADLINE_S):
         pause = server.script = Paused(server, stage)
         settings = remote_settings(ca_file=str(tmp_path / "ca.pem"))
-        source = await open_http(server.url(), settings, may_go_direct=direct)
+        source = await opened(server, way, settings)
         monkeypatch.setattr("tierblk.remote.direct.Sink", Remembered)
         tasks_before = asyncio.all_tasks()
         buffer, arrived = bytearray(LENGTH), asyncio.Event()
@@ -157,17 +159,15 @@ async def busy(request: Request, client: Connection, server: OddServer) -> None:
 Failure = Callable[[Request, Connection, OddServer], Awaitable[None]]
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "read"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("failure", "offsets"),
     [(stall, [0, 100_000, 200_000]), (reset, [0, 100_000, 200_000]), (busy, [0, 0, 0])],
 )
-async def test_a_failed_read_goes_on_where_it_ended(
-    failure: Failure, offsets: list[int], direct: bool
-) -> None:
+async def test_a_failed_read_goes_on_where_it_ended(failure: Failure, offsets: list[int], way: str) -> None:
     async with OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
         settings = remote_settings(read_timeout="200ms")
-        source = await open_http(server.url(), settings, may_go_direct=direct)
+        source = await opened(server, way, settings)
         server.requests.clear()
 
         async def script(request: Request, client: Connection) -> None:
@@ -194,8 +194,8 @@ async def test_a_failed_read_goes_on_where_it_ended(
         await source.aclose()
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "read"])
-async def test_a_slow_body_is_no_stall(direct: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_slow_body_is_no_stall(way: str) -> None:
     """The time-out counts from the last byte that came, however long the whole body takes."""
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -211,7 +211,7 @@ async def test_a_slow_body_is_no_stall(direct: bool) -> None:
 
     async with OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
         server.script = script
-        source = await open_http(server.url(), remote_settings(read_timeout="200ms"), may_go_direct=direct)
+        source = await opened(server, way, remote_settings(read_timeout="200ms"))
         buffer = bytearray(LENGTH)
         await source.read_into(0, memoryview(buffer), lambda count: arrived.set())
         assert buffer == CONTENT[:LENGTH]
@@ -369,4 +369,36 @@ async def test_opening_asks_once_more_when_the_answer_does_not_fit() -> None:
         server.script = script
         source = await open_http(server.url(), remote_settings())
         assert len(server.requests) == server.connections == 2
+        await source.aclose()
+
+
+async def test_the_same_bytes_on_the_wire_whoever_asks() -> None:
+    """What goes around aiohttp's client is what that client sent, but for the range."""
+    async with OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
+        settings = remote_settings(headers={"X-Of-Ours": "a: b"})
+        source = await open_http(server.url() + "?a=%2f&b", settings)
+        buffer = bytearray(4096)
+        for at in (0, 8192, 512):
+            await source.read_into(at, memoryview(buffer), lambda count: None)
+            assert buffer == CONTENT[at : at + 4096]
+        assert server.connections == 1
+        assert source.direct_bodies == 3
+        _, first, *others = server.requests
+        assert [other.first_byte for other in others] == [8192, 512]
+        for other in others:
+            assert other.path == first.path
+            assert {**other.headers, "range": ""} == {**first.headers, "range": ""}
+            assert other.headers["if-match"]
+        await source.aclose()
+
+
+async def test_another_version_is_not_asked_for_as_the_old_one() -> None:
+    """After a repin requests are made anew."""
+    async with OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
+        source = await opened(server, "again", remote_settings())
+        server.etag = '"another"'
+        await source.probe()
+        buffer = bytearray(4096)
+        await source.read_into(0, memoryview(buffer), lambda count: None)
+        assert server.requests[-1].headers["if-match"] == '"another"'
         await source.aclose()
