@@ -7,6 +7,7 @@ from cffi import FFI
 
 CORE = Path("tierblk/core")
 SOURCES = [
+    "thread.c",
     "ring.c",
     "crc32c.c",
     "slots.c",

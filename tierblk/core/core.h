@@ -275,7 +275,10 @@ struct io_uring_sqe *tb_sqe(struct io_uring *ring);
 void tb_sqe_room(struct io_uring *ring, unsigned count);
 int tb_uring_init(struct io_uring *ring, unsigned entries);
 void tb_wake_arm(struct io_uring *ring, int fd, uint64_t *value);
+
+/* thread.c */
 int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument);
+void tb_thread_settle(const char *name, int nice, const uint8_t *cpus, size_t cpus_bytes);
 
 /* crc32c.c */
 void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums);

@@ -3,8 +3,6 @@
 #define _GNU_SOURCE
 #include "core.h"
 
-#include <sys/prctl.h>
-
 #define LINGER_MS 1000u
 
 void tb_filler_wake(tb_engine *e)
@@ -181,8 +179,7 @@ static void submit_and_sleep(tb_engine *e, bool idle)
 void *tb_filler_main(void *argument)
 {
     tb_engine *e = argument;
-    pthread_setname_np(pthread_self(), "tb-filler");
-    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+    tb_thread_settle("tb-filler", 0, NULL, 0);
     tb_wake_arm(&e->ring, e->commands.wake_fd, &e->wake_value);
     for (;;) {
         e->now_ms = tb_now_ms();

@@ -5,8 +5,6 @@
 
 #include <stdio.h>
 #include <sys/eventfd.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
 
 /* What a hit costs, a queue's thread does in microseconds; what streams in meanwhile must not make it wait for its turn. */
 #define NICE -10
@@ -171,32 +169,14 @@ static void serve_until_done(tb_queue *queue)
     tb_tell_misses(queue); /* a fill that nobody hears of would never end */
 }
 
-/* Where the kernel would like the thread, a bit a processor. Not being allowed there costs speed only. */
-static void go_to_cpus(const uint8_t *mask, size_t bytes)
-{
-    cpu_set_t *set = bytes ? CPU_ALLOC(bytes * 8) : NULL;
-    if (!set)
-        return;
-    size_t set_bytes = CPU_ALLOC_SIZE(bytes * 8);
-    CPU_ZERO_S(set_bytes, set);
-    for (size_t cpu = 0; cpu < bytes * 8; cpu++)
-        if (mask[cpu / 8] >> (cpu % 8) & 1)
-            CPU_SET_S(cpu, set_bytes, set);
-    sched_setaffinity(0, set_bytes, set);
-    CPU_FREE(set);
-}
-
 static void *queue_main(void *argument)
 {
     tb_queue *queue = argument;
     char name[32]; /* the kernel keeps 15 letters */
     snprintf(name, sizeof name, queue->number ? "tb-queue-%u.%u" : "tb-queue-%u", queue->id, queue->number);
     name[15] = 0;
-    pthread_setname_np(pthread_self(), name);
-    go_to_cpus(queue->cpus, queue->cpus_bytes);
-    setpriority(PRIO_PROCESS, 0, NICE); /* of this thread alone; not being allowed to costs latency only */
+    tb_thread_settle(name, NICE, queue->cpus, queue->cpus_bytes);
     queue->now = tb_ticks();
-    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* reclaim must never wait for this thread; needs CAP_SYS_RESOURCE */
     int rc = tb_uring_init(&queue->ring, queue->depth < 64 ? 256 : queue->depth * 4u);
     if (rc < 0) {
         tell_ready(queue, rc);

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "core.h"
 
-#include <signal.h>
 #include <sys/eventfd.h>
 
 int tb_ring_init(tb_ring *ring)
@@ -104,15 +103,4 @@ void tb_wake_arm(struct io_uring *ring, int fd, uint64_t *value)
     struct io_uring_sqe *sqe = tb_sqe(ring);
     io_uring_prep_read(sqe, fd, value, sizeof *value, 0);
     sqe->user_data = UD_WAKE;
-}
-
-/* Signals are the event loop's: a thread of the core never runs a handler. */
-int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument)
-{
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(thread, NULL, main, argument);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return -rc;
 }
