@@ -202,6 +202,8 @@ class HttpSource:
         try:
             in_sink = await handler.ask_again(template.request(want), sink)
             message, _ = await handler.read()
+            while 100 <= message.code <= 199 and message.code != 101:
+                message, _ = await handler.read()  # what was said before the answer
             if in_sink:
                 connection.release()
                 return True

@@ -402,3 +402,34 @@ async def test_another_version_is_not_asked_for_as_the_old_one() -> None:
         await source.read_into(0, memoryview(buffer), lambda count: None)
         assert server.requests[-1].headers["if-match"] == '"another"'
         await source.aclose()
+
+
+EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_what_is_said_before_an_answer_is_no_answer(way: str) -> None:
+    """Whatever comes behind it counts: a refusal, the way elsewhere, the bytes. The connection is kept."""
+
+    async def script(request: Request, client: Connection) -> None:
+        await client.send(EARLY_HINTS)
+        if request.path == "/image" and moods:
+            mood = moods.pop()
+            await client.send(b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % mood)
+        else:
+            await server.right(request, client)
+
+    moods = [b"307 There\r\nLocation: /other", b"503 Busy\r\nRetry-After: 7"]
+    async with OddServer(CONTENT) as server, asyncio.timeout(DEADLINE_S):
+        source = await opened(server, way, remote_settings())
+        server.script = script
+        buffer = bytearray(4096)
+        with pytest.raises(RemoteUnavailable) as caught:
+            await source.read_into(0, memoryview(buffer), lambda count: None)
+        assert caught.value.retry_after_s == 7
+        before = server.connections
+        for at in range(0, 10 * 4096, 4096):
+            await source.read_into(at, memoryview(buffer), lambda count: None)
+            assert buffer == CONTENT[at : at + 4096]
+        assert server.connections <= before + 1
+        await source.aclose()

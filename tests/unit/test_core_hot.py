@@ -64,7 +64,7 @@ def test_every_part_of_a_hot_block_is_right(rig: Rig) -> None:
 def test_only_whole_pages_are_kept(rig: Rig) -> None:
     for _ in range(5):
         assert rig.read(512, PAGE_BYTES).result(10) == rig.expect(512, PAGE_BYTES)
-    assert _from_memory(rig) == 0  # seven sectors of one page and one of the next
+    assert _from_memory(rig) == 0  # seven sectors of one page and one of the next: it gets no frame
     for _ in range(5):
         assert rig.read(512, 2 * PAGE_BYTES).result(10) == rig.expect(512, 2 * PAGE_BYTES)
     _spoil_slots(rig)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +134,22 @@ def test_runs_of_two_windows_that_arrive_mixed_stay_apart(rig: Rig) -> None:
     rig.settle_all()
     assert rig.engine.stats()["slot_write_calls"] == 2
     assert rig.read(0, 8 * BLOCK_BYTES).result(TIMEOUT_S) == rig.expect(0, 8 * BLOCK_BYTES)
+
+
+def test_a_disk_that_has_nothing_to_do_is_not_passed_by(rig: Rig) -> None:
+    """Half of the staging memory's 64 places are in runs that wait for the network: no slow disk."""
+    prefetch(rig, 0, 34)
+    rig.until(lambda: len(rig.asked) == 34)
+    for first, place in ((0, 0), (11, 20), (22, 40)):
+        window(rig, first, 11, place, last_more=True)
+    rig.obeyed()
+    assert rig.engine.stats()["slot_write_calls"] == 0
+    slow_s = time.monotonic() + 0.6  # a disk that has not written anything for so long is slow
+    rig.until(lambda: time.monotonic() >= slow_s)
+    window(rig, 33, 1, 60)
+    rig.settle_all()
+    stats = rig.engine.stats()
+    assert (stats["slot_writes"], stats["passed_blocks"]) == (34, 0)
 
 
 def test_a_run_whose_rest_failed_or_never_comes_is_written(rig: Rig) -> None:

@@ -352,7 +352,8 @@ class UblkDoor(Door):
         hot_bytes: int = 0,
     ) -> None:
         """cpus: for each queue a mask of the processors that its thread may run on, b"" for any.
-        zero_copy: what ADD_DEV has granted. hot_bytes: of the memory tier of all queues together."""
+        zero_copy: what ADD_DEV has granted. hot_bytes: of the memory tier of all queues together; each gets
+        at least 512 KiB, or none when it is 0."""
         super().__init__([], queue_depth)
         try:
             for q_id, mask in enumerate(cpus):
@@ -365,7 +366,7 @@ class UblkDoor(Door):
                     q_id,
                     queue_depth,
                     zero_copy,
-                    hot_bytes // len(cpus),
+                    max(hot_bytes // len(cpus), _HOT_BYTES_MIN) if hot_bytes else 0,
                     mask,
                     len(mask),
                     out,
@@ -412,3 +413,4 @@ def local_door(
 
 
 _EINVAL, _EBADMSG, _EILSEQ = 22, 74, 84
+_HOT_BYTES_MIN = 8 * BLOCK_BYTES  # a set of frames (hot.c)

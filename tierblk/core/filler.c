@@ -159,7 +159,8 @@ static bool needs_ticks(tb_engine *e)
         e->active_ms = e->now_ms;
     if (e->now_ms - e->active_ms < LINGER_MS)
         return true;
-    __atomic_exchange_n(&e->dozing, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&e->dozing, 1, __ATOMIC_RELAXED);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* tb_tell_misses has its mirror image */
     return TB_LOAD(&e->fills_active) != 0; /* begun meanwhile, by somebody who did not see it doze */
 }
 

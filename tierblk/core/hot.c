@@ -13,6 +13,7 @@
 #define WAYS 8u
 #define USES_MAX 64u /* so that a block that cooled down gives way after so many challenges */
 #define USES_MIN 2u
+#define HELD_MAX 4u /* frames of a set that tags may hold: an idle tag keeps its last one, which then gives way to nobody */
 
 typedef struct {
     uint64_t block;
@@ -30,6 +31,7 @@ struct tb_hot {
     uint8_t *memory;
     frame *frames;
     candidate *candidates; /* as many */
+    uint8_t *held;         /* by set: how many of its frames have pins */
     size_t bytes;
     uint32_t sets;
 };
@@ -50,8 +52,9 @@ int tb_hot_new(uint64_t bytes, tb_hot **out)
     hot->bytes = sets * WAYS * TB_BLOCK_BYTES;
     hot->frames = calloc(sets * WAYS, sizeof *hot->frames);
     hot->candidates = calloc(sets * WAYS, sizeof *hot->candidates);
+    hot->held = calloc(sets, 1);
     hot->memory = mmap(NULL, hot->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!hot->frames || !hot->candidates || hot->memory == MAP_FAILED) {
+    if (!hot->frames || !hot->candidates || !hot->held || hot->memory == MAP_FAILED) {
         tb_hot_free(hot);
         return -ENOMEM;
     }
@@ -69,6 +72,7 @@ void tb_hot_free(tb_hot *hot)
         munmap(hot->memory, hot->bytes);
     free(hot->frames);
     free(hot->candidates);
+    free(hot->held);
     free(hot);
 }
 
@@ -94,9 +98,15 @@ static void use(frame *found)
         found->uses++;
 }
 
+static uint8_t *held_of(tb_hot *hot, const frame *of)
+{
+    return &hot->held[(size_t)(of - hot->frames) / WAYS];
+}
+
 static void pin(tb_req *req, frame *taken)
 {
-    taken->pins++;
+    if (taken->pins++ == 0)
+        (*held_of(req->queue->hot, taken))++;
     req->frame = (uint32_t)(taken - req->queue->hot->frames) + 1;
 }
 
@@ -119,10 +129,12 @@ bool tb_hot_serve(tb_req *req)
     if (!found || tb_pages_of(req->offset, req->length) & (uint16_t)~found->pages)
         return false;
     use(found);
-    if (req->direct)
+    if (req->direct && (found->pins || *held_of(req->queue->hot, found) < HELD_MAX)) {
         pin(req, found);
-    else
-        memcpy(req->data, bytes_of(req, found), req->length);
+        return true;
+    }
+    req->direct = 0;
+    memcpy(req->data, bytes_of(req, found), req->length);
     return true;
 }
 
@@ -174,11 +186,20 @@ static frame *win(tb_hot *hot, uint64_t block)
     return least;
 }
 
+/* The pages that lie in a request from end to end. */
+static uint16_t whole_pages(const tb_req *req)
+{
+    uint32_t first = (req->offset + TB_PAGE_BYTES - 1) / TB_PAGE_BYTES, stop = (req->offset + req->length) / TB_PAGE_BYTES;
+    return first < stop ? (uint16_t)((1u << stop) - (1u << first)) : 0;
+}
+
 /* A request is about to be read from its slot: whether its block belongs into memory, and it shall bring its bytes there.
  * It is no direct one then, since what goes straight into its pages is seen by nobody else. */
 void tb_hot_consider(tb_req *req)
 {
     tb_hot *hot = req->queue->hot;
+    if (!whole_pages(req))
+        return;
     frame *taken = find(hot, req->block);
     if (taken)
         use(taken);
@@ -193,13 +214,11 @@ void tb_hot_consider(tb_req *req)
 /* It has been read: its whole pages are in memory from now on. */
 void tb_hot_keep(tb_req *req)
 {
-    uint32_t first = (req->offset + TB_PAGE_BYTES - 1) / TB_PAGE_BYTES, stop = (req->offset + req->length) / TB_PAGE_BYTES;
+    uint16_t pages = whole_pages(req);
+    uint32_t skipped = (uint32_t)__builtin_ctz(pages) * TB_PAGE_BYTES - req->offset; /* a part of a page before them */
     frame *taken = frame_of(req);
-    if (first < stop) {
-        uint32_t skipped = first * TB_PAGE_BYTES - req->offset;
-        memcpy(bytes_of(req, taken) + skipped, req->data + skipped, (stop - first) * TB_PAGE_BYTES);
-        taken->pages |= (uint16_t)((1u << stop) - (1u << first));
-    }
+    memcpy(bytes_of(req, taken) + skipped, req->data + skipped, (size_t)__builtin_popcount(pages) * TB_PAGE_BYTES);
+    taken->pages |= pages;
 }
 
 /* Nothing of the request touches its frame any more. */
@@ -207,6 +226,8 @@ void tb_hot_let_go(tb_req *req)
 {
     if (!req->frame)
         return;
-    frame_of(req)->pins--;
+    frame *taken = frame_of(req);
+    if (--taken->pins == 0)
+        (*held_of(req->queue->hot, taken))--;
     req->frame = 0;
 }

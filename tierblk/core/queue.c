@@ -194,9 +194,8 @@ static void *queue_main(void *argument)
         serve_until_done(queue);
     if (queue->ops->stop)
         queue->ops->stop(queue);
-    /* The ring stays until the door is closed: its commands have to be cancelled by the thread's own exit. When a thread that
-     * lives on closes it, ublk of 6.12 may give it a request after it has taken back those that it had, and waits for that one for
-     * ever. Only the registration is the thread's. */
+    /* The ring is closed with the door, when this thread is gone. If a thread that lives on closes it, ublk of 6.12 may give it a
+     * request after it has taken back those that it had, and waits for that one for ever. Only the registration is the thread's. */
     io_uring_unregister_ring_fd(&queue->ring);
     uint64_t one = 1;
     ssize_t written = write(queue->end_fd, &one, sizeof one);

@@ -238,7 +238,7 @@ typedef bool (*parting)(const tb_req *req, const tb_fill *fill, uint32_t now_ms,
  * for what must be: a MISS, a FILLED and a WAITED of each fill. */
 static bool may_say_left(const tb_engine *e)
 {
-    return e->events.tail - __atomic_load_n(&e->events.head, __ATOMIC_RELAXED) < TB_RING_RECORDS / 8;
+    return TB_LOAD(&e->events.tail) - __atomic_load_n(&e->events.head, __ATOMIC_RELAXED) < TB_RING_RECORDS / 8;
 }
 
 /* Takes those off a fill's list whom `leaves` names, and hands them back with its result. Returns how many. */

@@ -154,11 +154,23 @@ void tb_write_turn(tb_engine *e)
         e->pending_end = &e->pending;
 }
 
-/* It is complete: it goes to the end of what is pending. */
+/* To the end of what is pending: from now on it waits for the disk, and no more for the network. */
+static void add_pending(tb_engine *e, tb_fill *first, tb_fill **end)
+{
+    *end = NULL;
+    *e->pending_end = first;
+    e->pending_end = end;
+    for (tb_fill *fill = first; fill; fill = fill->next_written) {
+        fill->ready_ms = e->now_ms;
+        if (e->unwritten++ == 0)
+            e->oldest_write_ms = e->now_ms;
+    }
+}
+
+/* It is complete. */
 static void close_run(tb_engine *e, tb_run *run)
 {
-    *e->pending_end = run->first;
-    e->pending_end = run->end;
+    add_pending(e, run->first, run->end);
     run->first = NULL;
     run->blocks = 0;
 }
@@ -193,12 +205,8 @@ void tb_write_add(tb_engine *e, tb_fill *fill, bool more)
         return;
     }
     __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* nothing more is taken for it (R5) */
-    fill->ready_ms = e->now_ms;
-    if (e->unwritten++ == 0)
-        e->oldest_write_ms = e->now_ms;
     if (!may_join(fill)) {
-        *e->pending_end = fill;
-        e->pending_end = &fill->next_written;
+        add_pending(e, fill, &fill->next_written);
         return;
     }
     tb_run *run = open_run(e, fill->staging_offset);
