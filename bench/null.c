@@ -38,6 +38,7 @@ int null_open(int cdev_fd, uint64_t size_bytes, uint16_t depth, uint32_t dev_id,
     }
     engine->slots_fd = cdev_fd; /* never read; the ring wants a file in every place of its table */
     engine->dio_align = TB_SECTOR;
+    engine->dozing = 1; /* no misses stream */
     layer->engine = engine;
     layer->size_bytes = size_bytes;
     no_buffers = user_copy;

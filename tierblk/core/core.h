@@ -134,7 +134,7 @@ struct tb_queue {
     const uint8_t *cpus; /* the opener's, until the thread is ready */
     size_t cpus_bytes;
     pthread_t thread;
-    bool started, ring_made;
+    bool started, ring_made, hurries;
     pthread_mutex_t ready_lock;
     pthread_cond_t ready_cond;
     bool ready;
@@ -278,7 +278,8 @@ void tb_wake_arm(struct io_uring *ring, int fd, uint64_t *value);
 
 /* thread.c */
 int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument);
-void tb_thread_settle(const char *name, int nice, const uint8_t *cpus, size_t cpus_bytes);
+void tb_thread_nice(int nice);
+void tb_thread_settle(const char *name, const uint8_t *cpus, size_t cpus_bytes);
 
 /* crc32c.c */
 void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums);

@@ -180,7 +180,7 @@ static void submit_and_sleep(tb_engine *e, bool idle)
 void *tb_filler_main(void *argument)
 {
     tb_engine *e = argument;
-    tb_thread_settle("tb-filler", 0, NULL, 0);
+    tb_thread_settle("tb-filler", NULL, 0);
     tb_wake_arm(&e->ring, e->commands.wake_fd, &e->wake_value);
     for (;;) {
         e->now_ms = tb_now_ms();

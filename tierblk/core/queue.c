@@ -6,8 +6,19 @@
 #include <stdio.h>
 #include <sys/eventfd.h>
 
-/* What a hit costs, a queue's thread does in microseconds; what streams in meanwhile must not make it wait for its turn. */
-#define NICE -10
+/* While misses stream, hits must not wait for the turn of whoever handles them: what a hit costs, a queue's thread does in
+ * microseconds. With nothing but hits it is as nice as any, or it would take the processor from those who submit them after
+ * each, and never find a batch. */
+#define HURRY -10
+
+static void hurry_as_needed(tb_queue *queue)
+{
+    bool streams = !TB_LOAD(&queue->engine->dozing);
+    if (streams == queue->hurries)
+        return;
+    queue->hurries = streams;
+    tb_thread_nice(streams ? HURRY : 0);
+}
 
 /* Any thread: gives a parked request back to its owner, who completes it or looks again. Once it is in the inbox its
  * owner may end it and leave, and the door be closed, before the wake-up below: tb_door_close waits for visitors. */
@@ -165,6 +176,7 @@ static void serve_until_done(tb_queue *queue)
             break;
         }
         take_completions(queue);
+        hurry_as_needed(queue);
     }
     tb_tell_misses(queue); /* a fill that nobody hears of would never end */
 }
@@ -175,7 +187,7 @@ static void *queue_main(void *argument)
     char name[32]; /* the kernel keeps 15 letters */
     snprintf(name, sizeof name, queue->number ? "tb-queue-%u.%u" : "tb-queue-%u", queue->id, queue->number);
     name[15] = 0;
-    tb_thread_settle(name, NICE, queue->cpus, queue->cpus_bytes);
+    tb_thread_settle(name, queue->cpus, queue->cpus_bytes);
     queue->now = tb_ticks();
     int rc = tb_uring_init(&queue->ring, queue->depth < 64 ? 256 : queue->depth * 4u);
     if (rc < 0) {

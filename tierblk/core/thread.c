@@ -33,13 +33,16 @@ static void go_to_cpus(const uint8_t *mask, size_t bytes)
     CPU_FREE(set);
 }
 
-/* In the thread. nice: 0 for no other than it has. Neither that nor its place is certain: not being allowed to costs
- * speed, no more. cpus: a bit a processor; none for anywhere. */
-void tb_thread_settle(const char *name, int nice, const uint8_t *cpus, size_t cpus_bytes)
+/* Of this thread alone. Not being allowed to costs speed, no more. */
+void tb_thread_nice(int nice)
+{
+    setpriority(PRIO_PROCESS, 0, nice);
+}
+
+/* In the thread. cpus: a bit a processor; none for anywhere. */
+void tb_thread_settle(const char *name, const uint8_t *cpus, size_t cpus_bytes)
 {
     pthread_setname_np(pthread_self(), name);
     go_to_cpus(cpus, cpus_bytes);
-    if (nice)
-        setpriority(PRIO_PROCESS, 0, nice); /* of this thread alone */
     prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* reclaim must never wait for it; needs CAP_SYS_RESOURCE */
 }
