@@ -23,6 +23,19 @@ LEFT_OUT = (
     "wheel",
     "_distutils_hack",
     "__pycache__",
+    # matplotlib, and what it brings
+    "matplotlib",
+    "mpl_toolkits",
+    "numpy",
+    "numpy.libs",
+    "PIL",
+    "pillow.libs",
+    "contourpy",
+    "fontTools",
+    "kiwisolver",
+    "pyparsing",
+    "dateutil",
+    "tzdata",
 )
 NOT_CODE = shutil.ignore_patterns("__pycache__", "*.c", "*.o", "*.h", "*.pth", "__editable__*", ".*")
 FREE_BYTES = 16 * MIB
