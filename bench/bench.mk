@@ -1,4 +1,4 @@
-# Included by the top Makefile, which gives VENV, PIP and the target `setup`.
+# Included by the top Makefile, which gives VENV and the target `setup`.
 #   make bench       hits, latency, misses, memory beside null, loop, nbdkit, QEMU and curl, as ratios
 #                    (docs/benchmarks.md); TIERBLK_BENCH_QUICK=1: only see that it runs
 #   make bench-cold  only the cold reads over a slow link, beside curl, nbdkit and QEMU
@@ -6,7 +6,7 @@
 
 .PHONY: bench bench-cold bench-instructions
 
-bench: setup $(VENV)/.plotting
+bench: setup
 	$(VENV)/bin/python -m bench
 
 bench-cold: setup
@@ -14,8 +14,3 @@ bench-cold: setup
 
 bench-instructions: setup
 	$(VENV)/bin/python -m bench instructions $(if $(TREE),--tree $(TREE))
-
-# A picture is no reason to fail: without matplotlib the bench says so.
-$(VENV)/.plotting: $(VENV)/.dependencies
-	@echo "== matplotlib, for the picture"
-	@.ci/tick $(PIP) install --progress-bar off -c constraints.txt matplotlib && touch $@ || true

@@ -60,7 +60,7 @@ def draw(result: Result, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise BenchError("no picture: matplotlib is not installed (pip install 'tierblk[bench]')") from None
+        raise BenchError("no picture: matplotlib is not installed (make setup does it)") from None
     drawn = lines(result)
     if not drawn:
         raise BenchError("no picture: this result has no ratio to a peer")

@@ -164,6 +164,10 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
             of_body = self._payload.exception() if self._into_sink and self._payload is not None else None
             self._outcome.set_exception(of_body or error)
 
+    def _settle(self, *, in_sink: bool) -> None:
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(in_sink)
+
     async def ask_again(self, request: bytes, sink: Sink) -> bool:
         """Sends a request over a connection on which aiohttp's client had an exchange before. True: the body
         is in the sink. False: the sink did not accept the answer, which `read` gives. Raises what the
@@ -247,8 +251,7 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
         if self._begin_body():
             self._copy_first(rest)
             return
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_result(False)
+        self._settle(in_sink=False)
         if rest:
             self.data_received(rest)
 
@@ -289,8 +292,7 @@ class DirectHandler(ResponseHandler, asyncio.BufferedProtocol):
         self._sink = None
         self._parser = None  # it still waits for the body, and would call its absence an error
         payload.feed_eof()  # wakes the reader and gives the connection back to the pool
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_result(True)
+        self._settle(in_sink=True)
 
 
 class DirectConnector(TCPConnector):

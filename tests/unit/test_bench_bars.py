@@ -7,22 +7,11 @@ import pytest
 from bench import boot, report
 from bench.bars import BARS, Bar, check
 from bench.results import FIGURES, PEERS, Result, Sample, compare
-
-HIT_4K = ("hit", "tmpfs", 4096, 32)
-MEMORY = ("memory-block", "contiguous", 0, 0)
-
-
-def _result(**values: list[float]) -> Result:
-    """4 KiB hits of targets; an underscore for a space."""
-    result = Result(date="2026-01-01", commit="c0ffee", kernel={"release": "7.3"}, settings={"rounds": 1})
-    for target, each in values.items():
-        name = target.replace("_", " ")
-        result.samples += [Sample(*HIT_4K[:2], name, *HIT_4K[2:], i, value) for i, value in enumerate(each)]
-    return result
+from tests.unit.bench_rig import HIT_4K, MEMORY, hits
 
 
 def _with_memory(value: float) -> Result:
-    result = _result(tierblk=[1.0])
+    result = hits(tierblk=[1.0])
     result.samples.append(Sample(*MEMORY[:2], "tierblk", *MEMORY[2:], 0, value))
     return result
 
@@ -49,20 +38,20 @@ def test_every_bar_has_one_limit_and_a_series_of_its_own() -> None:
 
 def test_a_bar_is_checked_against_the_ratio_or_the_figure() -> None:
     result = _with_memory(41.5)
-    result.samples += _result(null=[2.0]).samples
+    result.samples += hits(null=[2.0]).samples
     bars = [Bar(HIT_4K, "null", at_least=0.5), Bar(MEMORY, "", at_most=40), Bar(HIT_4K, "loop", at_least=1)]
     assert [each.verdict for each in check(result, bars)] == ["meets", "misses", "not measured"]
 
 
 def test_the_report_says_which_bars_are_met() -> None:
-    text = report.table(_result(tierblk=[60.0], null=[100.0]))
+    text = report.table(hits(tierblk=[60.0], null=[100.0]))
     (line,) = [line for line in text.splitlines() if "hit tmpfs 4 KiB x32 to null" in line]
     assert line.split()[-5:] == ["0.600", "at", "least", "0.7", "misses"]
     assert "not measured" in text
 
 
 def test_a_result_without_any_of_them_says_nothing_of_bars() -> None:
-    assert "bars" not in report.table(_result(tierblk=[1.0], qemu=[1.0]))
+    assert "bars" not in report.table(hits(tierblk=[1.0], qemu=[1.0]))
 
 
 # -- figures ---
@@ -85,7 +74,7 @@ def test_a_figure_that_is_timed_needs_rounds() -> None:
     share = ("devices-share", "tmpfs", 4096, 160)
 
     def measured(*values: float) -> Result:
-        result = _result()
+        result = hits()
         result.samples = [
             Sample(*share[:2], "tierblk", *share[2:], i, value) for i, value in enumerate(values)
         ]
@@ -98,24 +87,24 @@ def test_a_figure_that_is_timed_needs_rounds() -> None:
 
 
 def test_a_result_of_before_has_no_figure_in_common() -> None:
-    assert compare(_result(tierblk=[1.0]), _with_memory(40.0)) == []
+    assert compare(hits(tierblk=[1.0]), _with_memory(40.0)) == []
 
 
 def test_what_was_left_out_is_said_and_kept() -> None:
-    result = _result(tierblk=[1.0])
+    result = hits(tierblk=[1.0])
     result.skipped["two queues"] = "two queues need two processors, this kernel has 1"
     assert "two queues: two queues need two processors" in report.table(result)
     assert Result.from_json(result.to_json()) == result
 
 
 def test_a_result_from_before_there_was_anything_to_leave_out_is_read() -> None:
-    text = _result(tierblk=[1.0]).to_json().replace(' "skipped": {},\n', "")
+    text = hits(tierblk=[1.0]).to_json().replace(' "skipped": {},\n', "")
     assert "skipped" not in text
     assert Result.from_json(text).skipped == {}
 
 
 def test_the_boot_of_the_report() -> None:
-    result = _result()
+    result = hits()
     boot.measure(result)
     figures = {s.section: s.value for s in result.samples if s.target == "tierblk"}
     assert figures.keys() == {"boot-bytes", "boot-gets", "boot-wait"}

@@ -3,7 +3,6 @@ other."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -118,7 +117,6 @@ def test_a_tree_without_a_core_is_refused(tmp_path: Path) -> None:
         instructions.copied(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
 def test_both_programs_compile_and_fit(tmp_path: Path) -> None:
     hitter = instructions.hitter(tmp_path)
     arguments = instructions.arguments(hitter, tmp_path / "counts")

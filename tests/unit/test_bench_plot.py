@@ -9,23 +9,12 @@ import pytest
 
 from bench import plot
 from bench.fio import BenchError
-from bench.results import Result, Sample
-
-HIT_4K = ("hit", "tmpfs", 4096, 32)
-MEMORY = ("memory-block", "contiguous", 0, 0)
-
-
-def _result(**values: list[float]) -> Result:
-    """4 KiB hits of targets; an underscore for a space."""
-    result = Result(date="2026-01-01", commit="c0ffee", kernel={"release": "7.3"}, settings={"rounds": 1})
-    for target, each in values.items():
-        name = target.replace("_", " ")
-        result.samples += [Sample(*HIT_4K[:2], name, *HIT_4K[2:], i, value) for i, value in enumerate(each)]
-    return result
+from bench.results import Sample
+from tests.unit.bench_rig import MEMORY, hits
 
 
 def test_the_picture_has_a_line_for_every_ratio() -> None:
-    result = _result(tierblk=[60.0, 70.0], null=[100.0, 100.0], null_blk=[1.0, 1.0], qemu=[10.0, 10.0])
+    result = hits(tierblk=[60.0, 70.0], null=[100.0, 100.0], null_blk=[1.0, 1.0], qemu=[10.0, 10.0])
     result.samples.append(Sample(*MEMORY[:2], "tierblk", *MEMORY[2:], 0, 40.0))
     drawn = plot.lines(result)
     assert [(line.label, line.limit) for line in drawn] == [
@@ -36,18 +25,16 @@ def test_the_picture_has_a_line_for_every_ratio() -> None:
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plot.draw(_result(tierblk=[60.0, 70.0], null=[100.0, 100.0]), tmp_path / "bench.svg")
+    plot.draw(hits(tierblk=[60.0, 70.0], null=[100.0, 100.0]), tmp_path / "bench.svg")
     assert "<svg" in (tmp_path / "bench.svg").read_text()
 
 
 def test_without_matplotlib_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BenchError, match="matplotlib is not installed"):
-        plot.draw(_result(tierblk=[1.0], null=[1.0]), tmp_path / "bench.svg")
+        plot.draw(hits(tierblk=[1.0], null=[1.0]), tmp_path / "bench.svg")
 
 
 def test_without_ratios_there_is_nothing_to_draw(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     with pytest.raises(BenchError, match="no ratio"):
-        plot.draw(_result(tierblk=[1.0]), tmp_path / "bench.svg")
+        plot.draw(hits(tierblk=[1.0]), tmp_path / "bench.svg")

@@ -368,7 +368,14 @@ bool tb_hot_serve(tb_req *req);
 const uint8_t *tb_hot_bytes(const tb_req *req);
 void tb_hot_consider(tb_req *req);
 void tb_hot_keep(tb_req *req);
-void tb_hot_let_go(tb_req *req);
+void tb_hot_release(tb_req *req);
+
+/* Nothing of the request touches its frame any more. */
+static inline void tb_hot_let_go(tb_req *req)
+{
+    if (req->frame)
+        tb_hot_release(req);
+}
 
 /* queue.c */
 int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, const tb_door_ops *ops, void *door, tb_queue **out);

@@ -140,7 +140,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     tb_req *list = fill->parked;
     fill->parked = NULL;
     __atomic_store_n(&fill->state, FILL_FREE, __ATOMIC_RELEASE);
-    /* Under the lock, so that it is said before the MISS of whoever finds no fill here any more. */
+    /* Under the lock, so that it is said before the MISS of whoever finds no fill here any more (I7). */
     tb_say(e, (tb_record){.kind = TB_EV_FILLED, .layer = layer->id, .token = fill->token, .block = fill->block,
                        .value = fill->staging_offset, .result = result, .pages = cached | zero});
     tb_lock_give(stripe);

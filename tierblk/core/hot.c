@@ -221,11 +221,9 @@ void tb_hot_keep(tb_req *req)
     taken->pages |= pages;
 }
 
-/* Nothing of the request touches its frame any more. */
-void tb_hot_let_go(tb_req *req)
+/* See tb_hot_let_go. */
+void tb_hot_release(tb_req *req)
 {
-    if (!req->frame)
-        return;
     frame *taken = frame_of(req);
     if (--taken->pins == 0)
         (*held_of(req->queue->hot, taken))--;

@@ -60,8 +60,8 @@ static int ublk_start(tb_queue *queue)
 }
 
 /* Out of a frame into the request's pages, and the commit behind it, in one go: the driver copies while the chain is
- * submitted. Only a failure has a completion of its own, and takes the one of the commit away. The frame is held until
- * the tag is heard of again, when the copy is certainly over. */
+ * submitted. Only a failure has a completion of its own, and takes the one of the commit away: one answer in either case (I11).
+ * The frame is held until the tag is heard of again, when the copy is certainly over (I1). */
 static void commit_from_memory(tb_queue *queue, tb_req *req)
 {
     tb_sqe_room(&queue->ring, 2);

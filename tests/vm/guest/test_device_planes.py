@@ -17,6 +17,7 @@ from tierblk.core import ublk
 IMAGE_BYTES = 8 * MIB + 3 * 512
 ZERO_COPY_SINCE = (6, 16)
 HAS_ZERO_COPY = tuple(int(part) for part in os.uname().release.split(".")[:2]) >= ZERO_COPY_SINCE
+PLANES = ["copy", "zero-copy"] if HAS_ZERO_COPY else ["copy"]
 CPUS = len(os.sched_getaffinity(0))
 
 
@@ -31,7 +32,7 @@ def _with_holes(path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("queues", [1, 2])
-@pytest.mark.parametrize("plane", ["copy", "zero-copy"] if HAS_ZERO_COPY else ["copy"])
+@pytest.mark.parametrize("plane", PLANES)
 def test_every_plane_reads_right_cold_warm_and_evicted(
     plane: str,
     queues: int,
@@ -112,7 +113,7 @@ def test_each_queue_serves_the_processors_that_the_kernel_gives_it(
 
 
 @pytest.mark.parametrize("queues", [1, 2])
-@pytest.mark.parametrize("plane", ["copy", "zero-copy"] if HAS_ZERO_COPY else ["copy"])
+@pytest.mark.parametrize("plane", PLANES)
 def test_the_memory_tier_serves_what_is_hot(
     plane: str,
     queues: int,
