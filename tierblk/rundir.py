@@ -17,6 +17,8 @@ INFO_NAME = "daemon.json"
 END_NAME = "end.json"
 """What went wrong with the end of a daemon that was stopped: as an error of the control interface. Gone when
 the next one starts."""
+STOPPED_NAME = "stopped"
+"""Its time says when somebody asked for no daemon at all; for keepers between two daemons (cli/kept.py)."""
 
 
 def run_root() -> Path:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.test_records import RECORD
 from tierblk import driver, records
-from tierblk.cli import main, orphans, status
+from tierblk.cli import kept, main, orphans, status
 from tierblk.core import ublk
 from tierblk.errors import DaemonError, DeviceError
 from tierblk.rundir import RUN_DIR_VARIABLE
@@ -124,7 +124,7 @@ def test_reap_leaves_what_a_keeper_is_about_to_serve(
         assert main(["reap"]) == 0
         assert "left alone /dev/ublkb0: its keeper" in capsys.readouterr().err
     assert list(machine.devices) == [0]
-    assert not orphans.is_kept(run_dir)
+    assert not kept.is_kept(run_dir)
 
 
 def test_two_of_one_name(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

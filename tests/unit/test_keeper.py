@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tierblk.cli import keeper
+from tierblk.cli import keeper, kept
 from tierblk.cli.keeper import fate, next_delay
 
 KEEPER = str(Path(keeper.__file__))
@@ -58,7 +58,7 @@ class Run:
     """A keeper whose daemons meet the given fates one after the other."""
 
     def __init__(self, folder: Path, fates: list[str], log: int = subprocess.PIPE) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "fates").write_text(json.dumps(fates))
         self.folder = folder
         self.ready_fd, write_fd = os.pipe()
@@ -210,6 +210,44 @@ def test_another_daemon_that_serves_the_cache_is_left_alone(runs: list[Run], tmp
     code, said = run.end()
     assert code == 0
     assert f"another daemon (process {os.getpid()}) serves the cache now" in said
+
+
+def test_a_keeper_in_its_pause_heeds_that_somebody_wants_no_daemon(runs: list[Run], tmp_path: Path) -> None:
+    """Another daemon of the cache was stopped meanwhile, say."""
+    run = start(runs, tmp_path, *["killed"] * 20)
+    for life in range(5):
+        run.lives(life)  # the next pause is 3.2 s long
+    kept.dismiss(run.folder)
+    code, said = run.end()
+    assert code == 0
+    assert said.endswith("somebody asked for no daemon; not starting one again\n")
+    assert not (run.folder / "5").exists()
+
+
+def test_that_nobody_wants_a_daemon_is_heeded_when_it_dies_and_by_no_later_keeper(
+    runs: list[Run], tmp_path: Path
+) -> None:
+    early = start(runs, tmp_path, "waits", "killed", "stops")
+    early.lives(0)
+    early.ready()
+    kept.dismiss(early.folder)
+    os.kill(early.pid_of(0), signal.SIGKILL)
+    assert "somebody asked for no daemon" in early.end()[1]
+    late = start(runs, tmp_path, "waits", "killed", "stops")
+    for life in (1, 2):
+        late.lives(life)
+    assert late.end()[0] == 0
+
+
+def test_the_number_of_its_dead_daemon_may_be_anybodys(runs: list[Run], tmp_path: Path) -> None:
+    run = start(runs, tmp_path, "waits", "waits", "stops")
+    run.lives(0)
+    (run.folder / "daemon.json").write_text(json.dumps({"pid": run.pid_of(0)}))
+    os.kill(run.pid_of(0), signal.SIGKILL)
+    run.lives(1)
+    os.kill(run.pid_of(1), signal.SIGKILL)
+    run.lives(2)
+    assert run.end()[0] == 0
 
 
 def test_it_is_small(runs: list[Run], tmp_path: Path) -> None:

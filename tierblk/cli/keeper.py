@@ -4,7 +4,8 @@ has to be small and to survive what kills the daemon.
     python -I -S keeper.py READY_FD COMMAND...
 
 READY_FD (-1: none) gets the first daemon's line about its start, and is closed. A daemon that never got ready
-is not tried again, one that ends with 0 was stopped; both end the keeper with its exit code. SIGTERM and
+is not tried again, one that ends with 0 was stopped; both end the keeper with its exit code. Between two
+daemons RUN/<uuid>/stopped ends it when its time is newer than the last start (`tierblk stop`). SIGTERM and
 SIGINT are passed on and end both; SIGHUP replaces the daemon by a new one (after an upgrade), for which its
 devices wait.
 """
@@ -25,6 +26,7 @@ DELAY_MAX_S = 5.0
 LONG_LIFE_S = 60.0
 LOG_BYTES_MAX = 1 << 20
 LOG_CHECK_S = 10.0
+STOPPED_CHECK_S = 0.1
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 OOM_SCORE_KEEPER = "-900"
 
@@ -65,10 +67,12 @@ class Keeper:
         self.command = command
         self.ready_fd = ready_fd
         self.pid = 0
+        self.dead_pid = 0
         self.run_dir = ""
         self.ending = False
         self.replacing = False
         self.was_ready = False
+        self._stopped_ns = 0
         self._line = b""
         self._report_fd = -1
         self._oom_score = ""
@@ -94,13 +98,16 @@ class Keeper:
                 return code if code >= 0 else 128 - code
             if self.replacing and code == 0:
                 continue
-            if other := self._other_daemon():
-                say(f"another daemon (process {other}) serves the cache now; not starting one again")
-                return 0
             delay_s = next_delay(delay_s, lived_s)
             say(f"the daemon {fate(status)} after {lived_s:.1f} s; starting it again in {delay_s:g} s")
             if self._pause(delay_s):
                 return 0  # told to end while there was nothing to end
+            if self._stopped_at() != self._stopped_ns:
+                say("somebody asked for no daemon; not starting one again")
+                return 0
+            if other := self._other_daemon():
+                say(f"another daemon (process {other}) serves the cache now; not starting one again")
+                return 0
 
     def _protect(self) -> None:
         """The kernel that looks for memory is to find somebody else; the daemon gets what we had."""
@@ -115,6 +122,7 @@ class Keeper:
 
     def _start(self) -> None:
         self.replacing = False  # what was to be replaced is gone, however it ended
+        self._stopped_ns = self._stopped_at()
         self._line = b""
         self._report_fd, write_fd = os.pipe()
         os.set_inheritable(write_fd, True)
@@ -149,7 +157,7 @@ class Keeper:
             self._shorten_log()
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self.pid = 0
+                self.pid, self.dead_pid = 0, pid
                 while self._report_fd >= 0 and self._read_report():  # what it wrote before it ended
                     pass
                 self._close_report()
@@ -196,6 +204,7 @@ class Keeper:
             self.was_ready = True
             if not self.run_dir:
                 self.run_dir = os.path.dirname(str(report.get("socket") or ""))
+                self._stopped_ns = self._stopped_at()  # where it is was not known at the start
                 self._claim()
         self._pass_on()
         os.close(self._report_fd)
@@ -236,13 +245,24 @@ class Keeper:
                 state = file.read().rpartition(")")[2].split()[0]
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return 0
-        return 0 if state in "ZX" else pid
+        # The number of one's own dead daemon may be any process's by now.
+        return 0 if state in "ZX" or pid == self.dead_pid else pid
+
+    def _stopped_at(self) -> int:
+        """When somebody last asked for no daemon; 0: never, or not known."""
+        try:
+            return os.stat(os.path.join(self.run_dir, "stopped")).st_mtime_ns if self.run_dir else 0
+        except OSError:
+            return 0
 
     def _pause(self, seconds: float) -> bool:
-        """Whether the keeper is to end."""
+        """Whether a signal ends the keeper. Shorter then, and when there is a reason to start no daemon: a
+        `stop` waits for the keeper's end."""
         deadline = time.monotonic() + seconds
         while not self.ending and (left := deadline - time.monotonic()) > 0:
-            self._poll(left)
+            self._poll(min(left, STOPPED_CHECK_S))
+            if self._stopped_at() != self._stopped_ns or self._other_daemon():
+                break
         return self.ending
 
     def _shorten_log(self) -> None:

@@ -82,18 +82,6 @@ def cache_of(run_dir: Path, record: DeviceRecord | None) -> str | None:
         return None
 
 
-def is_kept(run_dir: Path) -> bool:
-    """Whether a keeper is there, which will start the daemon again."""
-    try:
-        with open(run_dir / "keeper", "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 @contextmanager
 def no_daemon(cache_dir: str | None) -> Iterator[None]:
     """While this lasts no daemon of the cache directory runs. DaemonError when one does, or begins."""

@@ -14,6 +14,7 @@ from uuid import UUID
 from tierblk import records
 from tierblk.cli import orphans
 from tierblk.cli.arguments import add_json, add_timeout
+from tierblk.cli.kept import is_kept
 from tierblk.cli.output import put, put_json, say
 from tierblk.errors import TierblkError
 from tierblk.rundir import run_root
@@ -89,7 +90,7 @@ def _owner(info: DeviceInfo, run_dir: Path | None, alive: set[Path]) -> str | No
 
     if run_dir in alive:
         return "its daemon runs; `tierblk detach` takes it away"
-    if run_dir is not None and orphans.is_kept(run_dir):
+    if run_dir is not None and is_kept(run_dir):
         return "its keeper starts the daemon again"
     info_now = driver.wait_for_rest(info.dev_id, 2.0)
     if info_now is not None and driver.has_server(info_now):

@@ -1,6 +1,9 @@
 """Stops daemons in order: devices are detached, caches closed clean. Without --cache-dir, all of them.
 
 Refuses while a device is mounted or otherwise held, unless --force is given: then its users get I/O errors.
+A daemon that has died and whose keeper is about to start the next one is waited for; if none comes, its
+keeper is told to give up.
+
 With --json: {"stopped": [cache directories], "warnings": [what went wrong with their ends]}.
 """
 
@@ -9,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 
-from tierblk.cli import blockdev
+from tierblk.cli import blockdev, kept
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.client import Daemon, DeadSocket, candidates, same_directory
 from tierblk.cli.output import complain, put_json, say, warn
@@ -21,6 +25,10 @@ from tierblk.rundir import END_NAME
 NAME = "stop"
 HELP = "stop daemons and their devices"
 STOP_TIMEOUT_S = 60.0
+NEXT_DAEMON_S = 10.0
+"""Twice the longest pause of a keeper: whoever has not come by then dies before it serves."""
+KEEPER_END_S = 5.0
+POLL_S = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +48,10 @@ def run(args: argparse.Namespace) -> int:
         if args.cache_dir is not None and not same_directory(daemon.cache_dir, args.cache_dir):
             continue
         try:
-            _stop(daemon, force=args.force)
+            if not _stop_with_keeper(daemon, force=args.force):
+                continue
             stopped.append(daemon.cache_dir)
             warnings += _last_words(daemon)
-        except DeadSocket:
-            continue
         except TierblkError as error:
             complain(error)
             failed = error
@@ -55,6 +62,41 @@ def run(args: argparse.Namespace) -> int:
     elif not stopped and not failed:
         say("no daemon is running" if args.cache_dir is None else f"no daemon serves {args.cache_dir}")
     return failed.exit_code if failed else 0
+
+
+def _stop_with_keeper(daemon: Daemon, *, force: bool) -> bool:
+    """Whether there was anything to stop: a daemon, or a keeper between two of them, whose pause would else
+    bring back what was stopped."""
+    found = _stop_or_wait(daemon, force=force)
+    if not kept.is_kept(daemon.run_dir):
+        return found
+    deadline = time.monotonic() + KEEPER_END_S
+    while True:
+        kept.dismiss(daemon.run_dir)
+        if kept.wait_while_kept(daemon.run_dir, POLL_S):
+            return True
+        try:
+            _stop(daemon, force=force)  # it was on its way already
+        except DeadSocket:
+            if time.monotonic() > deadline:
+                raise DaemonError(
+                    f"{daemon} has ended, but its keeper starts it again",
+                    f"end that process: fuser -k -TERM {daemon.run_dir / 'keeper'}",
+                ) from None
+
+
+def _stop_or_wait(daemon: Daemon, *, force: bool) -> bool:
+    """False: no daemon listens, nor will. A keeper has NEXT_DAEMON_S for its next one: its devices wait for
+    it, and only a daemon can take them away in order."""
+    deadline = time.monotonic() + NEXT_DAEMON_S
+    while True:
+        try:
+            _stop(daemon, force=force)
+            return True
+        except DeadSocket:
+            if not kept.is_kept(daemon.run_dir) or time.monotonic() > deadline:
+                return False
+        time.sleep(POLL_S)
 
 
 def _stop(daemon: Daemon, *, force: bool) -> None:
