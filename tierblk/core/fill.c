@@ -189,7 +189,6 @@ void tb_fill_stage(tb_engine *e, tb_fill *fill, uint16_t pages)
     uint64_t left = fill->layer->size_bytes - fill->block * TB_BLOCK_BYTES;
     if (left < TB_BLOCK_BYTES && left % TB_PAGE_BYTES) /* the tail page's missing sectors read as zeros (DESIGN 5) */
         memset(block + left, 0, TB_PAGE_BYTES - left % TB_PAGE_BYTES);
-    tb_crc32c_pages(block, pages, fill->sums);
     for (unsigned page = 0; page < TB_BLOCK_PAGES; page++)
         if (pages >> page & 1 && all_zero(block + page * TB_PAGE_BYTES))
             fill->zeros |= (uint16_t)(1u << page);

@@ -42,8 +42,10 @@ static bool disk_is_no_use(tb_engine *e)
     return (uint64_t)e->unwritten * TB_BLOCK_BYTES >= e->staging_bytes / 2 && e->now_ms - e->oldest_write_ms > SLOW_WRITE_MS;
 }
 
+/* The sums are made here, so that readers do not wait for them and what is not kept costs none. */
 static void began(tb_engine *e, tb_fill *fill)
 {
+    tb_crc32c_pages(e->staging + fill->staging_offset, fill->writing, fill->sums);
     e->writing_blocks++;
     __atomic_store_n(&fill->state, FILL_WRITING, __ATOMIC_RELAXED); /* stats look at it from outside */
 }
