@@ -42,7 +42,8 @@ int null_open(int cdev_fd, uint64_t size_bytes, uint16_t depth, uint32_t dev_id,
     layer->engine = engine;
     layer->size_bytes = size_bytes;
     no_buffers = user_copy;
-    int rc = tb_ublk_open(engine, layer, cdev_fd, dev_id, q_id, depth, 0, 0, cpus, cpus_bytes, out);
+    tb_stack stack = {.base = layer, .size_bytes = size_bytes};
+    int rc = tb_ublk_open(engine, &stack, cdev_fd, dev_id, q_id, depth, 0, 0, cpus, cpus_bytes, out);
     if (rc) {
         free(engine);
         free(layer);

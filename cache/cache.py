@@ -1,11 +1,10 @@
 """The local tier: a cache directory, its index and the engine over them, from opening to clean stop.
 
-    cache = Cache.open(settings, run_dir, make_engine)     in a thread that may block
-    layer = await cache.base_layer(url, size_bytes, validator)
-    await cache.commit()                                   on a timer, or when slots run low
-    await cache.close()
-
-Base layers only: a directory whose index holds anything else is refused, untouched.
+cache = Cache.open(settings, run_dir, make_engine)     in a thread that may block
+layer = await cache.base_layer(url, size_bytes, validator)
+layer = await cache.volume_layer(name, "local", size_bytes, base)
+await cache.commit()                                   on a timer, or when slots run low
+await cache.close()
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tierblk import address
 from tierblk.cache import start
@@ -33,10 +33,13 @@ from tierblk.config import CacheSettings
 from tierblk.core import Engine, Layer
 from tierblk.errors import CacheError
 from tierblk.extent import PAGE_BYTES
+from tierblk.units import format_exact_size
 
 _COMMITS_AT_STOP_MAX = 10
+_CLEAR_MAP_PAGES = 64  # 8192 blocks at a time: below a millisecond
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class EngineFactory(Protocol):
@@ -61,6 +64,7 @@ class Cache:
         self._maps = maps
         self._records = {record.layer_id: record for record in loaded.records}
         self._layers = loaded.layers
+        self._spare: dict[int, Layer] = {}  # of dropped volumes, empty
         self._opening = asyncio.Lock()
         self._closed = False
         self.committer = Committer(
@@ -114,13 +118,7 @@ class Cache:
         Who asks for the same identity gets the same layer, so an image is stored once. CacheError. Cancelled,
         it ends first: the record is on its way to the index, and its number must not be given to another.
         """
-        making = asyncio.create_task(self._base_layer(url, size_bytes, validator))
-        try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            await asyncio.wait([making])
-            making.exception()
-            raise
+        return await _to_the_end(self._base_layer(url, size_bytes, validator))
 
     async def _base_layer(self, url: str, size_bytes: int, validator: str) -> Layer:
         async with self._opening:
@@ -141,6 +139,66 @@ class Cache:
                 self._layers[layer_id] = self._open_empty(record)
             return self._layers[layer_id]
 
+    def volume(self, name: str) -> LayerRecord | None:
+        """The record of the volume of that name."""
+        return next((r for r in self._records.values() if r.is_volume and r.name == name), None)
+
+    async def volume_layer(
+        self, name: str, mode: str, size_bytes: int, base: tuple[str, int, str] | None
+    ) -> Layer:
+        """The volume of that name, found or made; its record is durable before anything can be written to
+        it.
+
+        mode: "local" or "scratch"; base: (url, size_bytes, validator) of what it lies over. CacheError when
+        there is one of that name that differs in any of this. Cancelled, it ends first.
+        """
+        return await _to_the_end(self._volume_layer(name, mode, size_bytes, base))
+
+    async def _volume_layer(
+        self, name: str, mode: str, size_bytes: int, base: tuple[str, int, str] | None
+    ) -> Layer:
+        async with self._opening:
+            self._refuse_closed()
+            url, base_size_bytes, validator = base or ("", 0, "")
+            wanted = LayerRecord(0, mode, url, size_bytes, validator, int(time.time()), name, base_size_bytes)
+            if (known := self.volume(name)) is not None:
+                _refuse_another(known, wanted)
+                return self._layers[known.layer_id]
+            layer_id, spare = next(
+                ((i, layer) for i, layer in self._spare.items() if layer.size_bytes == size_bytes),
+                (self._free_id(), None),
+            )
+            record = replace(wanted, layer_id=layer_id)
+            await asyncio.to_thread(self._index.put_layer, record)
+            self._spare.pop(layer_id, None)
+            self._records[layer_id] = record
+            self._layers[layer_id] = spare or self._open_empty(record)
+            return self._layers[layer_id]
+
+    async def drop_volume(self, name: str) -> None:
+        """Everything that a volume has is gone when this returns; doors to it are closed before. CacheError
+        when the index does not take it: the next start finds what is left of it. Cancelled, it ends first.
+        """
+        await _to_the_end(self._drop_volume(name))
+
+    async def _drop_volume(self, name: str) -> None:
+        record = self.volume(name)
+        if record is None:
+            return
+        layer, block = self._layers[record.layer_id], 0
+        try:
+            while (next_block := layer.clear(block, _CLEAR_MAP_PAGES)) is not None:
+                block = next_block
+                await asyncio.sleep(0)
+        except OSError as error:
+            raise CacheError(f"the volume {name} cannot be dropped: {error.strerror}") from None
+        while layer.changed():
+            await self.commit()
+        await asyncio.to_thread(self._index.delete_layer, record.layer_id)
+        del self._records[record.layer_id]
+        # The engine keeps its map as long as it runs: the next volume of that size gets it.
+        self._spare[record.layer_id] = self._layers[record.layer_id]
+
     async def commit(self) -> CommitReport:
         """Makes all that is cached durable; see commit.py. CacheError."""
         return await self.committer.commit()
@@ -152,7 +210,7 @@ class Cache:
     def identities_of(self, url: str) -> list[tuple[str, int, str]]:
         """(url, size_bytes, validator) of the images known at an address, the last used last."""
         known = sorted(
-            (record for record in self._records.values() if record.url == url),
+            (r for r in self._records.values() if r.url == url and not r.is_volume),
             key=lambda record: record.used_unix_s,
         )
         return [(record.url, record.size_bytes, record.validator) for record in known]
@@ -164,11 +222,14 @@ class Cache:
         layers = [
             {
                 "layer_id": layer_id,
-                "url": address.shown(self._records[layer_id].url),
+                "kind": self._records[layer_id].kind,
+                "name": self._records[layer_id].name or None,
+                "url": address.shown(self._records[layer_id].url) or None,
                 "size_bytes": self._records[layer_id].size_bytes,
                 "cached_bytes": layer.cached_pages() * PAGE_BYTES,
             }
             for layer_id, layer in self._layers.items()
+            if layer_id in self._records
         ]
         failure = self.committer.failure
         return {
@@ -183,8 +244,8 @@ class Cache:
         is read.
         """
         layers = []
-        for layer_id, layer in self._layers.items():
-            record = self._records[layer_id]
+        for layer_id, record in self._records.items():
+            layer = self._layers[layer_id]
             rows = {row: layer.peek_row(row) for row in range(layer.rows)}
             layers.append(LayerRows(layer_id, record.kind, record.size_bytes, rows))
         counts = self.engine.stats()
@@ -246,25 +307,51 @@ class Cache:
 
     def _free_id(self) -> int:
         for layer_id in range(1, LAYER_ID_MAX + 1):
-            if layer_id not in self._records:
+            if layer_id not in self._layers:
                 return layer_id
         raise CacheError(
-            f"the cache in {self.path} already knows {LAYER_ID_MAX} images",
-            "restart the daemon, which forgets images of which nothing is cached",
+            f"the cache in {self.path} already knows {LAYER_ID_MAX} images and volumes",
+            "restart the daemon, which forgets those of which nothing is there",
         )
 
     def _open_empty(self, record: LayerRecord) -> Layer:
         """The engine's layer for an image of which nothing is cached, with its map stamped."""
         map_fd = self._maps.create(record.layer_id, record.size_bytes)
         try:
-            layer = self.engine.open_layer(record.layer_id, map_fd, record.size_bytes)
+            layer = self.engine.open_layer(
+                record.layer_id, map_fd, record.size_bytes, is_volume=record.is_volume
+            )
         except OSError as error:
             self._maps.forget(record.layer_id)
-            raise CacheError(
-                f"cannot make the block map of {address.shown(record.url)}: {error.strerror}"
-            ) from None
+            raise CacheError(f"cannot make the block map of {record.shown}: {error.strerror}") from None
         self._maps.stamp(record.layer_id, self.session)
         return layer
+
+
+async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """What it returns; cancelled, it ends first: what it does to the index must not be left half-known."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        task.exception()
+        raise
+
+
+def _refuse_another(known: LayerRecord, wanted: LayerRecord) -> None:
+    what = f"there is a volume {known.name} already, and"
+    has, wants = (format_exact_size(record.size_bytes) for record in (known, wanted))
+    if known.kind != wanted.kind:
+        raise CacheError(f"{what} it is a {known.kind} one", f'volume.mode = "{known.kind}" shows it')
+    if known.size_bytes != wanted.size_bytes:
+        raise CacheError(f"{what} it has {has}, not {wants}", f'volume.size = "{has}" shows it')
+    if known.base != wanted.base:
+        lies_over = address.shown(known.url) if known.url else "no base"
+        raise CacheError(
+            f"{what} it lies over {lies_over}, or another version of it",
+            "what was written means nothing without what is below it: choose another device.name",
+        )
 
 
 def _begin_session(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> None:

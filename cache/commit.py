@@ -26,6 +26,10 @@ from tierblk.errors import CacheError
 # Rows taken at a time, so that the event loop is not held for long: about a millisecond.
 BATCH_ROWS = 1024
 
+_UNSYNCED = (
+    "the cache's slots could not be synced ({}); nothing more is recorded until the daemon is restarted"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class CommitReport:
@@ -77,7 +81,10 @@ class Committer:
 
     @property
     def refusal(self) -> str | None:
-        """Why no commit is tried any more; None while they are."""
+        """Why no commit is tried any more; None while they are. A sync that failed in C counts (R7): the
+        kernel said so there, and would not say it again here."""
+        if self._refusal is None and self._engine.flushes_failed():
+            self._refusal = _UNSYNCED.format("a FLUSH could not be made durable")
         return self._refusal or self._index.broken
 
     @property
@@ -140,6 +147,8 @@ class Committer:
             for layer, rows in taken.items():
                 layer.put_back(rows)
             self._engine.commit_end(False)
+            if self.refusal is not None:
+                self._engine.fail_flushes()
             if isinstance(error, Exception):
                 since = self._failure.since if self._failure else time.time()
                 self._failure = CommitFailure(str(error), since, final=self.refusal is not None)
@@ -166,10 +175,7 @@ class Committer:
             self.sync_slots(self._slots_fd)
             self.sync_sums(self._sums_fd)
         except OSError as error:
-            self._refusal = (
-                f"the cache's slots could not be synced ({error.strerror}); "
-                "nothing more is recorded until the daemon is restarted"
-            )
+            self._refusal = _UNSYNCED.format(error.strerror)
             raise CacheError(self._refusal) from None
         if not copies:
             return 0, 0

@@ -2,7 +2,7 @@
 lmdb.Error.
 
     meta     format u32, uuid 16 bytes, session u64, clean u8        (little endian)
-    layers   layer id u32 big endian -> JSON {kind, url, size_bytes, validator, used_unix_s}
+    layers   layer id u32 big endian -> JSON of a LayerRecord
     rows     layer id u32, row u64, both big endian -> 772 bytes, see rows.py
 
 One environment object per process, and nobody but py-lmdb may open it: a second copy of the library on the
@@ -29,6 +29,7 @@ from uuid import UUID
 import lmdb
 from lmdb import verify
 
+from tierblk import address
 from tierblk.cache.filesystem import free_bytes, is_no_space
 from tierblk.cache.superblock import FORMAT_VERSION
 from tierblk.errors import CacheError
@@ -68,8 +69,11 @@ class Meta:
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """A layer as the index knows it. A base's identity is url, size and validator: another image is another
-    layer.
+    """A layer as the index knows it.
+
+    A base's identity is url, size and validator: another image is another layer. A volume, kind "local" or
+    "scratch", goes by its name; url, base_size_bytes and validator are those of the base that it lies over,
+    empty without one.
     """
 
     layer_id: int
@@ -78,6 +82,22 @@ class LayerRecord:
     size_bytes: int
     validator: str
     used_unix_s: int
+    name: str = ""
+    base_size_bytes: int = 0
+
+    @property
+    def is_volume(self) -> bool:
+        return self.kind != "base"
+
+    @property
+    def shown(self) -> str:
+        """For people, without what is secret in an address."""
+        return f"the volume {self.name}" if self.is_volume else address.shown(self.url)
+
+    @property
+    def base(self) -> tuple[str, int, str] | None:
+        """(url, size_bytes, validator) of the base under a volume."""
+        return (self.url, self.base_size_bytes, self.validator) if self.is_volume and self.url else None
 
     def has_identity(self, url: str, size_bytes: int, validator: str) -> bool:
         """Whether it is the base layer of that image."""
@@ -321,6 +341,11 @@ class Index:
         with self.changing(rows=1) as txn:
             txn.put(_ID.pack(record.layer_id), json.dumps(fields).encode(), db=self._layers_db)
 
+    def delete_layer(self, layer_id: int) -> None:
+        """The record of a layer that has no rows any more; durable when it returns."""
+        with self.changing(rows=1) as txn:
+            txn.delete(_ID.pack(layer_id), db=self._layers_db)
+
     def begin_session(
         self,
         session: int,
@@ -392,8 +417,10 @@ def _layer_record(key: bytes, value: bytes) -> LayerRecord:
         ("validator", str),
         ("size_bytes", int),
         ("used_unix_s", int),
+        ("name", str),
+        ("base_size_bytes", int),
     ):
-        if not isinstance(fields[name], kind):
+        if not isinstance(getattr(record, name), kind):
             raise ValueError(f"{name} has the wrong type")
     if not 0 < layer_id <= LAYER_ID_MAX or record.size_bytes <= 0:
         raise ValueError("a number is out of range")

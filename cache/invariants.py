@@ -211,6 +211,8 @@ def _check_masks(layer: LayerRows, block: int, entry: Entry) -> Iterator[Violati
         yield violation("I3", f"dirty pages are not present: {entry.dirty & ~entry.present:#06x}")
     if entry.dirty & ~(entry.cached | entry.zero):
         yield violation("I3", f"dirty pages are nowhere: {entry.dirty & ~(entry.cached | entry.zero):#06x}")
+    if layer.kind != "base" and (absent := (entry.cached | entry.zero) & ~(entry.present | entry.dirty)):
+        yield violation("I3", f"pages are here and not present: {absent:#06x}")
     if layer.kind == "base" and entry.dirty:
         yield violation("I3", f"pages of a base, which nobody writes, are dirty: {entry.dirty:#06x}")
     if layer.kind == "base" and entry.present & ~entry.dirty:

@@ -8,7 +8,6 @@ import logging
 from dataclasses import dataclass, field
 from itertools import chain
 
-from tierblk import address
 from tierblk.cache.index import Index, LayerRecord
 from tierblk.cache.maps import Maps
 from tierblk.cache.rows import entries_of, unpack_row
@@ -36,7 +35,7 @@ class Loaded:
 def refuse_what_cannot_be_served(index: Index) -> None:
     """CacheError for a layer of a kind that this version does not know: before anything is changed."""
     for record in index.layers():
-        if record.kind != "base":
+        if record.kind not in ("base", "local", "scratch"):
             raise CacheError(
                 f"the index in {index.path} holds a {record.kind}, which this version cannot serve",
                 "use the version of tierblk that made it",
@@ -52,6 +51,7 @@ def load(engine: Engine, index: Index, maps: Maps, superblock: Superblock) -> Lo
     """
     meta, records = index.meta(), index.layers()
     if not is_current(meta.session, superblock):
+        _refuse_to_lose(index, records)
         _log.warning(
             "%s is of session %d, the slots are of %d to %d: what is cached cannot be trusted and is dropped",
             index.path,
@@ -72,8 +72,10 @@ def load(engine: Engine, index: Index, maps: Maps, superblock: Superblock) -> Lo
         if record.layer_id in map_fds:
             _load_map(engine, map_fds[record.layer_id], record, loaded)
     for record in records:
-        if record.layer_id not in map_fds:
-            _load_rows(engine, index, maps, record, loaded)
+        if record.layer_id not in map_fds and record.kind == "scratch" and not meta.clean:
+            _forget_scratch(index, record, loaded)
+        elif record.layer_id not in map_fds:
+            _load_rows(engine, index, maps, record, loaded, clean=meta.clean)
     for layer_id in map_fds:
         _quarantine(engine, index, loaded.layers[layer_id], loaded)
     has_map = (layer_id in map_fds for layer_id in loaded.layers)
@@ -81,8 +83,19 @@ def load(engine: Engine, index: Index, maps: Maps, superblock: Superblock) -> Lo
     return loaded
 
 
+def _refuse_to_lose(index: Index, records: list[LayerRecord]) -> None:
+    """R8: with an index that is not of the slots' time no dirty page can be found, and nobody else has it."""
+    kept = [record.name for record in records if record.kind == "local" and any(index.rows(record.layer_id))]
+    if kept:
+        raise CacheError(
+            f"{index.path} is older than the slots beside it and names the local volumes {', '.join(kept)}",
+            "put the whole cache directory back as it was at one time; "
+            "or remove it, which loses these volumes",
+        )
+
+
 def _load_map(engine: Engine, map_fd: int, record: LayerRecord, loaded: Loaded) -> None:
-    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes)
+    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes, is_volume=record.is_volume)
     try:
         layer.warm_start()
     except ValueError as error:
@@ -94,22 +107,37 @@ def _load_map(engine: Engine, map_fd: int, record: LayerRecord, loaded: Loaded) 
     loaded.layers[record.layer_id] = layer
 
 
-def _load_rows(engine: Engine, index: Index, maps: Maps, record: LayerRecord, loaded: Loaded) -> None:
-    """A layer from the index. A row that cannot be believed is dropped, whole; so is a layer without rows."""
+def _forget_scratch(index: Index, record: LayerRecord, loaded: Loaded) -> None:
+    """A scratch volume is gone with the machine that had it."""
+    loaded.dropped_rows += [(record.layer_id, row) for row, _ in index.rows(record.layer_id)]
+    loaded.forgotten.append(record.layer_id)
+
+
+def _load_rows(
+    engine: Engine, index: Index, maps: Maps, record: LayerRecord, loaded: Loaded, *, clean: bool
+) -> None:
+    """A layer from the index; one without rows is forgotten. A base's row that cannot be believed is dropped,
+    whole; a volume's is an error of its range, never the base's bytes (R9). clean: the last session ended in
+    order; else a volume's clean pages are not what they were (DESIGN 5).
+    """
     rows = index.rows(record.layer_id)
     first = next(rows, None)
     if first is None:
         loaded.forgotten.append(record.layer_id)
         return
     map_fd = maps.create(record.layer_id, record.size_bytes)
-    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes)
+    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes, is_volume=record.is_volume)
     for row, packed in chain([first], rows):
         try:
-            layer.load_row(row, packed)
+            layer.load_row(row, packed, drop_clean=record.is_volume and not clean)
         except ValueError as error:
+            if record.is_volume and row < layer.rows:
+                _log.error("%s, of %s: it cannot be read any more, and can be written", error, record.shown)
+                layer.lose_row(row)
+                continue
             # A whole row that contradicts another one (I4) is worse than a damaged one: it was written so.
             level = logging.ERROR if _is_whole(packed) else logging.WARNING
-            _log.log(level, "%s, of %s, is dropped from the cache", error, address.shown(record.url))
+            _log.log(level, "%s, of %s, is dropped from the cache", error, record.shown)
             loaded.dropped_rows.append((record.layer_id, row))
     loaded.records.append(record)
     loaded.layers[record.layer_id] = layer

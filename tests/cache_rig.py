@@ -198,7 +198,12 @@ def changed_index(directory: Path) -> Iterator[Index]:
 def layer_rows(cache: Cache) -> list[LayerRows]:
     """All rows of all block maps, from the engine."""
     return [
-        LayerRows(layer_id, "base", layer.size_bytes, {row: layer.peek_row(row) for row in range(layer.rows)})
+        LayerRows(
+            layer_id,
+            "local" if layer.is_volume else "base",
+            layer.size_bytes,
+            {row: layer.peek_row(row) for row in range(layer.rows)},
+        )
         for layer_id, layer in cache.engine.layers.items()
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TIERS = ("hit", "zero", "miss", "memory")
+TIERS = ("hit", "zero", "miss", "memory", "write", "flush")
 """memory: hits in the memory tier, without the driver's copy into the request; hit: the others."""
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from errno import EIO, ENOSPC
 from typing import Any
 
 from tierblk.cache import Cache, Watermarks, commit_is_due, slots_to_evict
 from tierblk.config import Config
-from tierblk.core import EVICT, EVICTED, NEED_SPACE, Record
+from tierblk.core import EVICT, EVICTED, FLUSH, NEED_SPACE, Record
 from tierblk.errors import TierblkError
 from tierblk.fill import Fills
 
 log = logging.getLogger(__name__)
 
 _BEAT_S = 1.0
+_LOOK_AGAIN_S = 0.01
 
 
 class Upkeep:
@@ -33,6 +35,7 @@ class Upkeep:
         self._commit_failure: str | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beating: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Before the first door is opened."""
@@ -51,8 +54,9 @@ class Upkeep:
         asyncio.get_running_loop().remove_reader(self._cache.engine.event_fd)
         self._fills.close()
         self._cache.engine.set_watchdog(0)  # nobody waits any more, and the last commit may take long
-        if self._beating is not None:
-            self._beating.cancel()
+        for timer in (self._beating, self._looking):
+            if timer is not None:
+                timer.cancel()
 
     @property
     def trouble(self) -> str | None:
@@ -77,6 +81,8 @@ class Upkeep:
                 self._make_space(may_evict=event.value > 0)
             elif event.kind == NEED_SPACE:
                 self._make_space()
+            elif event.kind == FLUSH:
+                self._keep(self._flush())
 
     def _make_space(self, *, may_evict: bool = True) -> None:
         """Eviction ahead of demand; what it freed is of use after a commit only (I4)."""
@@ -95,18 +101,37 @@ class Upkeep:
             engine.push([Record(EVICT, value=count)])
         elif commit_is_due(self._marks, free=free, quarantined=quarantined):
             self._keep(self._commit())
+        elif stats["needy"] and not (free or quarantined or self._evicting_slots):
+            if stats["volume_slots"] + stats["bad"] >= stats["slots"]:
+                engine.no_space(ENOSPC)
+            else:  # what is being read or filled at the moment can go soon
+                self._looking = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._make_space)
 
-    async def _commit(self) -> None:
+    async def _flush(self) -> None:
+        """A commit for all FLUSHes that wait; it begins after they came (R7)."""
+        engine = self._cache.engine
+        flushes = engine.take_flushes()
+        error = EIO
+        try:
+            if await self._commit():
+                error = 0
+        finally:
+            engine.end_flushes(flushes, error=error)
+
+    async def _commit(self) -> bool:
+        """Whether all is durable that was there before."""
         try:
             await self._cache.commit()
         except TierblkError as error:
             if self._commit_failure is None:
                 log.error("%s", error)
             self._commit_failure = str(error)
-        else:
-            self._commit_failure = None
-            # What was freed since the last look may not be enough: NEED_SPACE is not said twice.
-            self._make_space()
+            self._cache.engine.no_space(EIO)  # what was freed cannot be used before a commit succeeds
+            return False
+        self._commit_failure = None
+        # What was freed since the last look may not be enough: NEED_SPACE is not said twice.
+        self._make_space()
+        return True
 
     async def _commit_on_timer(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from errno import EIO
 from typing import Any
 
@@ -24,6 +25,7 @@ class Gate:
         self.hold: str | None = None  # the point where the next cycle waits
         self.failing: str | None = None  # the step of the next cycle that fails
         self.held = threading.Event()
+        self.open = False  # nothing is held any more: the session ends
         self._go = threading.Event()
         committer, index = cache.committer, cache._index
         write_rows = index.write_rows
@@ -32,6 +34,8 @@ class Gate:
             def sync_file(descriptor: int) -> None:
                 if name == "slots":
                     self._reach("rows taken")
+                if self.open:
+                    return
                 assert os.path.samestat(os.fstat(descriptor), os.stat(host.directory / name))
                 self._fail(name, OSError(EIO, "Input/output error"))
                 host.durable[name] = host.content(name)  # what lands while the sync runs is not covered
@@ -60,12 +64,14 @@ class Gate:
         self._go.set()
 
     def _reach(self, point: str) -> None:
-        if self.hold != point:
+        if self.hold != point or self.open:
             return
         self.hold = None
         self._go.clear()
         self.held.set()
-        assert self._go.wait(TIMEOUT_S), f"nobody let the commit go on from {point!r}"
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (self._go.wait(0.05) or self.open):
+            assert time.monotonic() < deadline, f"nobody let the commit go on from {point!r}"
 
     def _fail(self, step: str, error: Exception) -> None:
         if self.failing == step:

@@ -64,6 +64,7 @@ def test_no_row_and_an_empty_one_are_good() -> None:
             "dirty pages are not present: 0x0002",
         ),
         (7, Entry(slot=5, cached=1, present=3, dirty=3), "volume", "I3", "dirty pages are nowhere: 0x0002"),
+        (7, Entry(slot=5, cached=3, present=1), "volume", "I3", "pages are here and not present: 0x0002"),
         (7, Entry(slot=5, cached=1, present=1, dirty=1), "base", "I3", "pages of a base"),
         (7, Entry(slot=5, cached=1, present=1), "base", "R9", "are present: 0x0001"),
         (7, Entry(slot=5, zero=1), "base", "R2", "slot 5 is held by a block of which nothing is cached"),
@@ -74,7 +75,8 @@ def test_no_row_and_an_empty_one_are_good() -> None:
     ],
 )
 def test_each_violation_is_found(block: int, entry: Entry, kind: str, invariant: str, text: str) -> None:
-    found = check([layer({**GOOD, block: entry}, kind=kind)], slot_count=10)
+    around = GOOD if kind == "base" else {}
+    found = check([layer({**around, block: entry}, kind=kind)], slot_count=10)
     assert [violation.invariant for violation in found] == [invariant]
     assert text in str(found[0])
 

@@ -30,6 +30,7 @@ EVICTED: int = lib.TB_EV_EVICTED
 WAITED: int = lib.TB_EV_WAITED
 READ_ON: int = lib.TB_EV_READ_ON
 LEFT: int = lib.TB_EV_LEFT
+FLUSH: int = lib.TB_EV_FLUSH
 FILL: int = lib.TB_CMD_FILL
 FAIL: int = lib.TB_CMD_FAIL
 EVICT: int = lib.TB_CMD_EVICT
@@ -110,13 +111,12 @@ class Engine:
             raise ValueError("the engine is closed")
         return self._engine
 
-    def open_layer(self, layer_id: int, map_fd: int, size_bytes: int) -> Layer:
+    def open_layer(self, layer_id: int, map_fd: int, size_bytes: int, *, is_volume: bool = False) -> Layer:
         """Maps a layer's block map; `map_fd` has to stay open until the engine is closed. Raises OSError."""
         out = ffi.new("tb_layer **")
-        check(
-            lib.tb_layer_open(self.handle, layer_id, map_fd, size_bytes, out), f"cannot map layer {layer_id}"
-        )
-        layer = Layer(layer_id, out[0], size_bytes)
+        rc = lib.tb_layer_open(self.handle, layer_id, map_fd, size_bytes, is_volume, out)
+        check(rc, f"cannot map layer {layer_id}")
+        layer = Layer(layer_id, out[0], size_bytes, is_volume)
         self.layers[layer_id] = layer
         return layer
 
@@ -162,6 +162,27 @@ class Engine:
         """R6, step 4: slots freed before `commit_begin` are free now, or go on waiting when not `ok` (R7)."""
         lib.tb_slots_commit_end(self.handle, ok)
 
+    def take_flushes(self) -> Flushes:
+        """The FLUSHes and FUA writes that wait for a commit, at FLUSH. The next whole cycle that begins after
+        this call is for them; it is to be told with `end_flushes`, whatever came of it."""
+        return Flushes(lib.tb_flush_take(self.handle))
+
+    def end_flushes(self, flushes: Flushes, *, error: int = 0) -> None:
+        """They are durable, or end in that errno."""
+        lib.tb_flush_done(self.handle, flushes.handle, -error)
+
+    def fail_flushes(self) -> None:
+        """A sync has failed: every FLUSH and FUA ends in EIO from now on, until the next start (R7)."""
+        lib.tb_flush_fail(self.handle)
+
+    def flushes_failed(self) -> bool:
+        """A sync has failed, here or in C."""
+        return bool(self.stats()["flush_failed"])
+
+    def no_space(self, error: int) -> None:
+        """Writes that wait for a slot end in that errno: nothing can be freed for them."""
+        lib.tb_no_space(self.handle, -error)
+
     def stats(self) -> dict[str, int]:
         """Counters and levels of tb_cache_stats, in slots, blocks and writes."""
         out = ffi.new("tb_cache_stats *")
@@ -200,25 +221,44 @@ class Engine:
         self.layers.clear()
 
 
+class Flushes(NamedTuple):
+    """FLUSHes that were taken together, of C."""
+
+    handle: Any
+
+
 class Layer:
     """The block map of one layer; made by `Engine.open_layer`, valid until the engine is closed."""
 
-    def __init__(self, layer_id: int, handle: Any, size_bytes: int) -> None:
+    def __init__(self, layer_id: int, handle: Any, size_bytes: int, is_volume: bool) -> None:
         self.layer_id = layer_id
+        self.is_volume = is_volume
         self.handle = handle
         self.size_bytes = size_bytes
         self.blocks = -(-size_bytes // BLOCK_BYTES)
         self.rows = -(-self.blocks // ENTRIES_PER_ROW)
 
-    def load_row(self, row: int, packed: bytes) -> None:
+    def load_row(self, row: int, packed: bytes, *, drop_clean: bool = False) -> None:
         """Takes a row of the index whole, or nothing of it: ValueError for a bad checksum or length, masks
         that cannot be, a slot out of range or already owned (R2, I3, I4, R9). OSError ENOSPC when the map's
-        tmpfs is full."""
-        rc = lib.tb_layer_load_row(self.handle, row, packed, len(packed))
+        tmpfs is full. drop_clean: only its dirty pages, of a volume after an unclean start (DESIGN 5)."""
+        rc = lib.tb_layer_load_row(self.handle, row, packed, len(packed), drop_clean)
         if rc in (-_EBADMSG, -_EINVAL):
             why = "bad checksum or length" if rc == -_EBADMSG else "masks or slots that cannot be"
             raise ValueError(f"row {row} of layer {self.layer_id}: {why}")
         check(rc, f"row {row} of layer {self.layer_id}")
+
+    def lose_row(self, row: int) -> None:
+        """A volume's row that cannot be believed: its pages are errors until each is written anew (R9).
+        OSError ENOSPC."""
+        check(lib.tb_layer_bad_row(self.handle, row), f"row {row} of layer {self.layer_id}")
+
+    def clear(self, first_block: int, map_pages: int) -> int | None:
+        """Takes everything from a volume that no door shows, so many pages of the map at once; the block to
+        go on from, None when all is gone. The slots wait for a commit. OSError EBUSY."""
+        block = ffi.new("uint64_t *", first_block)
+        left = check(lib.tb_layer_clear(self.handle, block, map_pages), f"layer {self.layer_id}")
+        return int(block[0]) if left else None
 
     def warm_start(self) -> int:
         """R1: the map file is the truth. Returns how many entries hold something; ValueError when a dirty
@@ -296,7 +336,7 @@ class Door:
         return {**total, "oldest_wait_ms": max(stats["oldest_wait_ms"] for stats in each)}
 
     def latencies(self) -> list[list[int]]:
-        """For each tier (hit, zero, miss, memory) how many requests, by bucket (cdef.h)."""
+        """For each tier (hit, zero, miss, memory, write, flush) how many requests, by bucket (cdef.h)."""
         total = [[0] * lib.TB_LATENCY_BUCKETS for _ in range(lib.TB_TIERS)]
         out = ffi.new("uint64_t[]", lib.TB_TIERS * lib.TB_LATENCY_BUCKETS)
         for queue in self.queues:
@@ -342,8 +382,10 @@ class UblkDoor(Door):
     def __init__(
         self,
         engine: Engine,
-        base: Layer,
+        base: Layer | None,
         *,
+        volume: Layer | None = None,
+        size_bytes: int | None = None,
         cdev_fd: int,
         dev_id: int,
         queue_depth: int,
@@ -355,12 +397,13 @@ class UblkDoor(Door):
         zero_copy: what ADD_DEV has granted. hot_bytes: of the memory tier of all queues together; each gets
         at least 512 KiB, or none when it is 0."""
         super().__init__([], queue_depth)
+        stack = _stack(base, volume, size_bytes)
         try:
             for q_id, mask in enumerate(cpus):
                 out = ffi.new("tb_queue **")
                 rc = lib.tb_ublk_open(
                     engine.handle,
-                    base.handle,
+                    stack,
                     cdev_fd,
                     dev_id,
                     q_id,
@@ -382,20 +425,55 @@ class UblkDoor(Door):
 
 
 class LocalDoor(Door):
-    """Reads from this process. Raises OSError."""
+    """Calls from this process. All raise OSError, may come from any thread, and block it without the GIL.
+    Offsets and lengths in bytes, multiples of 512."""
 
-    def __init__(self, engine: Engine, base: Layer, *, queue_depth: int = 16, hot_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        base: Layer | None,
+        *,
+        volume: Layer | None = None,
+        size_bytes: int | None = None,
+        queue_depth: int = 16,
+        hot_bytes: int = 0,
+    ) -> None:
+        """Of a base, a volume, or a volume over a base; size_bytes: of the device, if it is not the topmost
+        layer's."""
         out = ffi.new("tb_queue **")
-        rc = lib.tb_local_open(engine.handle, base.handle, queue_depth, hot_bytes, out)
+        stack = _stack(base, volume, size_bytes)
+        rc = lib.tb_local_open(engine.handle, stack, queue_depth, hot_bytes, out)
         check(rc, "cannot open a local door")
         super().__init__([out[0]], queue_depth)
 
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """The device's bytes; any thread, blocks it without the GIL. Multiples of 512. Raises OSError."""
+        """The device's bytes."""
         out = ffi.new("uint8_t[]", length_bytes)
         rc = lib.tb_local_read(self.queues[0], offset_bytes, length_bytes, out)
         check(rc, f"read of {length_bytes} bytes at {offset_bytes}")
         return bytes(ffi.buffer(out))
+
+    def write(self, offset_bytes: int, data: bytes, *, fua: bool = False) -> None:
+        """fua: durable when it returns."""
+        op = lib.TB_OP_WRITE | (lib.TB_OP_FUA if fua else 0)
+        self._call(op, offset_bytes, len(data), ffi.from_buffer("uint8_t[]", data))
+
+    def flush(self) -> None:
+        """What was written before it is durable when it returns."""
+        self._call(lib.TB_OP_FLUSH, 0, 0, ffi.NULL)
+
+    def discard(self, offset_bytes: int, length_bytes: int) -> None:
+        """Whole pages of the range read as zeros afterwards."""
+        self._call(lib.TB_OP_DISCARD, offset_bytes, length_bytes, ffi.NULL)
+
+    def write_zeroes(self, offset_bytes: int, length_bytes: int, *, fua: bool = False) -> None:
+        """The range reads as zeros afterwards, to the byte. fua: durable when it returns."""
+        op = lib.TB_OP_ZEROES | (lib.TB_OP_FUA if fua else 0)
+        self._call(op, offset_bytes, length_bytes, ffi.NULL)
+
+    def _call(self, op: int, offset_bytes: int, length_bytes: int, data: Any) -> None:
+        rc = lib.tb_local_call(self.queues[0], op, offset_bytes, length_bytes, data)
+        check(rc, f"{_OPERATIONS[op & 0xFF]} of {length_bytes} bytes at {offset_bytes}")
 
 
 @contextmanager
@@ -412,5 +490,20 @@ def local_door(
         door.close()
 
 
+def _stack(base: Layer | None, volume: Layer | None, size_bytes: int | None) -> Any:
+    top = volume or base
+    if top is None:
+        raise ValueError("a device has a volume, or a base, or both")
+    return ffi.new(
+        "tb_stack *",
+        {
+            "volume": volume.handle if volume else ffi.NULL,
+            "base": base.handle if base else ffi.NULL,
+            "size_bytes": top.size_bytes if size_bytes is None else size_bytes,
+        },
+    )
+
+
+_OPERATIONS = ("read", "write", "flush", "discard", "write of zeros")
 _EINVAL, _EBADMSG, _EILSEQ = 22, 74, 84
 _HOT_BYTES_MIN = 8 * BLOCK_BYTES  # a set of frames (hot.c)

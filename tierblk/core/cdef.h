@@ -19,6 +19,7 @@
 #define TB_EV_WAITED 5
 #define TB_EV_READ_ON 6
 #define TB_EV_LEFT 7
+#define TB_EV_FLUSH 8
 
 /* Commands, Python to engine. */
 #define TB_CMD_FILL 1
@@ -47,11 +48,12 @@ typedef struct {
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
     uint64_t memory_requests, slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
+    uint64_t write_requests, write_bytes, partial_writes, space_waits, flush_requests, flush_commits, discard_requests, discard_bytes;
 } tb_stats;
 
 typedef struct {
     uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, slot_write_calls, zero_blocks;
-    uint64_t evicted, passed_blocks, expired;
+    uint64_t evicted, passed_blocks, expired, needy, flush_failed, volume_slots;
 } tb_cache_stats;
 
 /* Latencies of requests, from the turn in which they came to the one in which they were done: how many, by tier and by
@@ -60,12 +62,15 @@ typedef struct {
 #define TB_TIER_ZERO 1
 #define TB_TIER_MISS 2
 #define TB_TIER_MEMORY 3
-#define TB_TIERS 4
+#define TB_TIER_WRITE 4
+#define TB_TIER_FLUSH 5
+#define TB_TIERS 6
 #define TB_LATENCY_BUCKETS 160
 
 typedef struct tb_engine tb_engine;
 typedef struct tb_layer tb_layer;
 typedef struct tb_queue tb_queue;
+typedef struct tb_req tb_req;
 
 uint32_t tb_crc32c(const void *data, size_t length, uint32_t crc);
 
@@ -91,9 +96,11 @@ void tb_slots_commit_begin(tb_engine *engine);
 void tb_slots_commit_end(tb_engine *engine, int ok);
 
 /* Layers: the block map. */
-int tb_layer_open(tb_engine *engine, uint16_t id, int map_fd, uint64_t size_bytes, tb_layer **out);
+int tb_layer_open(tb_engine *engine, uint16_t id, int map_fd, uint64_t size_bytes, int is_volume, tb_layer **out);
 int tb_layer_close(tb_layer *layer);
-int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length);
+int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length, int drop_clean);
+int tb_layer_bad_row(tb_layer *layer, uint64_t row);
+int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages);
 int64_t tb_layer_warm_start(tb_layer *layer);
 int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int max);
 int tb_layer_put_back(tb_layer *layer, uint64_t row);
@@ -102,11 +109,32 @@ int tb_layer_peek_row(tb_layer *layer, uint64_t row, uint8_t *packed);
 int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums);
 uint64_t tb_layer_cached_pages(tb_layer *layer);
 
+/* FLUSHes that wait for a commit: a batch that the next whole cycle is for, NULL when there is none; and its end. */
+tb_req *tb_flush_take(tb_engine *engine);
+void tb_flush_done(tb_engine *engine, tb_req *batch, int result);
+void tb_flush_fail(tb_engine *engine);
+void tb_no_space(tb_engine *engine, int result);
+
+/* What a device shows: a volume over a base; either may be missing. */
+typedef struct {
+    tb_layer *volume, *base;
+    uint64_t size_bytes;
+} tb_stack;
+
+/* Operations of a local call; WRITE, DISCARD and ZEROES only with a volume. */
+#define TB_OP_READ 0
+#define TB_OP_WRITE 1
+#define TB_OP_FLUSH 2
+#define TB_OP_DISCARD 3
+#define TB_OP_ZEROES 4
+#define TB_OP_FUA 0x100
+
 /* Doors. A door's thread runs from tb_*_open to tb_door_close. */
-int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
+int tb_ublk_open(tb_engine *engine, const tb_stack *stack, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
                  uint64_t hot_bytes, const uint8_t *cpus, size_t cpus_bytes, tb_queue **out);
-int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, tb_queue **out);
+int tb_local_open(tb_engine *engine, const tb_stack *stack, uint16_t depth, uint64_t hot_bytes, tb_queue **out);
 int tb_local_read(tb_queue *door, uint64_t offset, uint64_t length, uint8_t *out);
+int tb_local_call(tb_queue *door, int op, uint64_t offset, uint64_t length, uint8_t *bytes);
 int tb_door_end_fd(tb_queue *door);
 int tb_door_drain(tb_queue *door);
 int tb_door_leave(tb_queue *door);

@@ -4,6 +4,7 @@
  *   a fill's parked list     under the stripe lock of the fill's block
  *   a fill's other fields    the filler thread, from the MISS to the end of the fill
  *   a request                its queue's thread, except between park and wake, when the filler may put bytes into it
+ *   the list of writes       of a stripe, and who waits for one of them (R4): under the stripe lock
  *   slot bitmaps             under engine->slot_lock, the innermost lock
  *   rings to and from Python events: any thread of ours, under engine->event_lock, to the event loop; commands: from the
  *                            loop to the filler
@@ -60,6 +61,13 @@ typedef struct {
 _Static_assert(sizeof(tb_entry) == 32, "a map entry is 32 bytes");
 _Static_assert(sizeof(tb_record) == 32, "a record is 32 bytes");
 
+/* What a stripe of blocks shares, entries aside. */
+typedef struct {
+    tb_lock lock;
+    tb_req *writing; /* writes under way, a list by next_writing */
+    tb_req *waiting; /* who has to wait for one of them, see volume.c; a stack */
+} __attribute__((aligned(64))) tb_stripe_state;
+
 struct tb_layer {
     tb_engine *engine;
     tb_entry *entries;
@@ -70,14 +78,16 @@ struct tb_layer {
     size_t map_bytes, ready_bytes, changed_bytes, words_bytes;
     uint64_t blocks, rows, size_bytes;
     uint64_t cached_pages;
+    uint64_t changed_rows; /* set bits of `changed`; never too few, see tb_map_mark */
     uint32_t doors;
+    uint32_t in_commit; /* the running commit has taken rows of it */
     int map_fd;
     uint16_t id;
+    bool is_volume;
 };
 
 typedef struct tb_hot tb_hot;
 typedef struct tb_fill tb_fill;
-typedef struct tb_req tb_req;
 struct tb_req {
     tb_req *next; /* in an inbox or a parked list */
     tb_queue *queue;
@@ -88,15 +98,31 @@ struct tb_req {
     uint32_t offset, length; /* bytes, within the block */
     int32_t result;          /* 0 so far, or a negative errno */
     uint16_t tag, need;      /* need: pages of the block that are still to be put into it */
+    uint16_t of_base;        /* those of them that the base has, while it is parked on a fill of the base */
     uint16_t inflight;
+    uint8_t op, phase; /* see below */
+    uint8_t fua;
     uint8_t tries, missed, slot_failed, all_zero;
     uint8_t direct; /* plane zero-copy: bytes go into the request's own pages, `buffer` stays unused */
-    uint8_t pinned; /* it counts among its entry's readers */
+    uint8_t pinned; /* PIN_*: it counts among these entries' readers */
     uint8_t from_memory;
+    uint16_t owns;         /* pages that are its own until it ends (R4) */
+    uint16_t writes;       /* pages that it is about to change; it is in its stripe's list then */
+    uint16_t clean;        /* pages of its block that were cached and clean when it was submitted (R3) */
+    uint32_t slot;         /* where it writes; 0: not yet */
+    uint32_t asked_offset, asked_length; /* of a sub-page write, while it reads what is there */
+    uint64_t start, end;   /* what a discard has still to do, bytes of the device */
+    tb_req *next_writing, **writing_link;
     uint32_t frame; /* index + 1 of the frame of the memory tier that it holds, see hot.c; 0: none */
     uint32_t since_ms; /* when it began to wait for a fill; 0: it has not */
     uint64_t began;    /* ticks of the turn in which it came */
 } __attribute__((aligned(64)));
+
+/* What a request is at, and so what follows when it comes back. AT_OLD: a sub-page write reads the pages that it changes in
+ * part, `buffer`'s neighbour in `olds` is where they go. */
+enum { AT_READ, AT_OLD, AT_WRITE, AT_CLEAR, AT_SYNC };
+
+enum { PIN_VOLUME = 1, PIN_BASE = 2 };
 
 typedef struct {
     int (*start)(tb_queue *queue);                                /* issue what brings the first requests */
@@ -112,11 +138,14 @@ typedef struct {
 struct tb_queue {
     struct io_uring ring;
     tb_engine *engine;
-    tb_layer *base;
+    tb_layer *volume, *base; /* the stack that it serves; NULL where there is none */
+    uint64_t size_bytes;     /* of the device */
     const tb_door_ops *ops;
     void *door;
     tb_req *reqs;
     uint8_t *buffers;
+    uint8_t *olds;   /* a block a tag, for sub-page writes; NULL without a volume */
+    tb_req *slices;  /* discards that go on in the next turn */
     tb_hot *hot; /* NULL: no memory tier */
     tb_fill *begun, **begun_end; /* fills of this turn's misses, of which Python is not told yet */
     tb_req *inbox;    /* stack: requests that the filler hands back */
@@ -163,7 +192,7 @@ struct tb_fill {
     int32_t gave_up; /* under the stripe lock: what fail-fast doors get, 0: nothing yet */
     uint32_t run_blocks, ready_ms; /* ready_ms: when it began to wait for the disk */
     uint32_t sums[TB_BLOCK_PAGES];
-};
+} __attribute__((aligned(16)));
 
 /* A block that a marked entry's first request touched, on its way to Python. */
 typedef struct tb_note tb_note;
@@ -192,10 +221,7 @@ typedef struct {
 struct tb_engine {
     int slots_fd;
     uint32_t slot_count, dio_align, low;
-    struct {
-        tb_lock lock;
-        uint8_t pad[60];
-    } stripes[TB_STRIPES];
+    tb_stripe_state stripes[TB_STRIPES];
 
     tb_lock slot_lock;
     uint64_t *free, *quarantine[2]; /* bit per slot; [0] open for freed slots, [1] closed by the running commit */
@@ -221,7 +247,12 @@ struct tb_engine {
     tb_fill *attention_inbox;
     tb_note notes[TB_NOTES], *note_free, *note_inbox;
     tb_req *starved, *hungry, **hungry_end; /* requests that found no fill: a stack for all, the filler's list */
+    tb_req *needy;       /* writes that found no slot; a stack */
+    uint32_t needy_count, volume_slots; /* volume_slots: that blocks of volumes have */
+    tb_req *flushes;     /* that wait for a commit of which Python has not been told; a stack */
+    uint32_t flush_told, flush_failed;
     uint32_t drain_scan, filler_quit, need_space_told;
+    uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
     uint32_t impatient; /* doors whose patience ends some time */
     uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
     uint32_t dozing, active_ms; /* dozing: the filler sleeps until it is woken; active_ms: when it last saw a fill */
@@ -241,8 +272,9 @@ struct tb_engine {
     tb_cache_stats stats;
 };
 
-/* user_data of every SQE: a pointer (48 bits), what it is (low 3 bits), and the length expected in sectors (top byte). */
-enum { UD_WAKE = 0, UD_DOOR = 1, UD_SLOT_READ = 2, UD_SLOT_WRITE = 3, UD_RUN_WRITE = 4, UD_ZEROS = 5, UD_DOOR_COPY = 6, UD_HOT = 7 };
+/* user_data of every SQE: a pointer (48 bits), what it is (low 4 bits), and the length expected in sectors (top byte).
+ * UD_WRITE: of a request's bytes to its volume's slot; UD_DATA: of a request's bytes into its tag's buffer. */
+enum { UD_WAKE, UD_DOOR, UD_SLOT_READ, UD_SLOT_WRITE, UD_RUN_WRITE, UD_ZEROS, UD_DOOR_COPY, UD_HOT, UD_VOLUME_READ, UD_WRITE, UD_DATA, UD_SYNC };
 
 static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 {
@@ -251,12 +283,12 @@ static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 
 static inline unsigned tb_ud_kind(uint64_t ud)
 {
-    return ud & 7;
+    return ud & 15;
 }
 
 static inline void *tb_ud_pointer(uint64_t ud)
 {
-    return (void *)(uintptr_t)(ud & 0x00fffffffffffff8ull);
+    return (void *)(uintptr_t)(ud & 0x00fffffffffffff0ull);
 }
 
 static inline uint32_t tb_ud_bytes(uint64_t ud)
@@ -264,31 +296,21 @@ static inline uint32_t tb_ud_bytes(uint64_t ud)
     return (uint32_t)(ud >> 56) * TB_SECTOR;
 }
 
-/* ring.c */
-int tb_ring_init(tb_ring *ring);
-void tb_ring_free(tb_ring *ring);
-int tb_ring_push(tb_ring *ring, const tb_record *in, int count);
-int tb_ring_pop(tb_ring *ring, tb_record *out, int max);
-void tb_ring_kick(tb_ring *ring);
-bool tb_ring_arm(tb_ring *ring);
-struct io_uring_sqe *tb_sqe(struct io_uring *ring);
-void tb_sqe_room(struct io_uring *ring, unsigned count);
-int tb_uring_init(struct io_uring *ring, unsigned entries);
-void tb_wake_arm(struct io_uring *ring, int fd, uint64_t *value);
-
-/* thread.c */
-int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument);
-void tb_thread_nice(int nice);
-void tb_thread_settle(const char *name, const uint8_t *cpus, size_t cpus_bytes);
-
-/* crc32c.c */
-void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums);
-
-/* map.c */
-static inline tb_lock *tb_stripe(const tb_layer *layer, uint64_t block)
+static inline tb_stripe_state *tb_stripe_of(const tb_layer *layer, uint64_t block)
 {
     uint64_t key = (block / TB_ROW_ENTRIES + (uint64_t)layer->id * 0x9e3779b97f4a7c15ull) * 0xff51afd7ed558ccdull;
-    return &layer->engine->stripes[key >> 54].lock;
+    return &layer->engine->stripes[key >> 54];
+}
+
+static inline tb_lock *tb_stripe(const tb_layer *layer, uint64_t block)
+{
+    return &tb_stripe_of(layer, block)->lock;
+}
+
+/* Its memory on tmpfs is allocated: it may be read, and a page whose memory is not was never written. */
+static inline bool tb_map_has(const tb_layer *layer, uint64_t block)
+{
+    return tb_bit_get(layer->ready, block / (TB_PAGE_BYTES / sizeof(tb_entry)));
 }
 
 static inline void tb_entry_store(tb_entry *entry, tb_head head)
@@ -303,87 +325,6 @@ static inline uint16_t tb_valid_pages(const tb_layer *layer, uint64_t block)
     return (uint16_t)((1u << pages) - 1);
 }
 
-int tb_map_prepare(tb_layer *layer, uint64_t block);
-void tb_map_mark(tb_layer *layer, uint64_t block);
-
-/* slots.c */
-int tb_slots_init(tb_engine *engine);
-void tb_slots_exit(tb_engine *engine);
-uint32_t tb_slot_take_run(tb_engine *engine, uint32_t want, uint32_t *got);
-void tb_slot_give_back(tb_engine *engine, uint32_t slot);
-void tb_slot_quarantine(tb_engine *engine, uint32_t slot);
-bool tb_slot_may_condemn(const tb_engine *engine);
-void tb_slot_condemn(tb_engine *engine, uint32_t slot);
-void tb_slot_own(tb_engine *engine, uint32_t slot, const tb_layer *layer, uint64_t block);
-bool tb_slot_owned(const tb_engine *engine, uint32_t slot);
-void tb_evict_turn(tb_engine *engine);
-
-/* fill.c */
-int tb_fills_init(tb_engine *engine);
-tb_fill *tb_fill_begin(tb_layer *layer, uint64_t block, uint16_t want);
-void tb_fill_stage(tb_engine *engine, tb_fill *fill, uint16_t pages);
-void tb_fill_put(tb_engine *engine, tb_fill *fill);
-void tb_fill_keep(tb_engine *engine, tb_fill *fill, bool more);
-void tb_fill_end(tb_engine *engine, tb_fill *fill, int result, uint16_t cached, uint16_t zero);
-void tb_hand_back_all(tb_req *list, int result);
-void tb_say(tb_engine *engine, tb_record event);
-
-/* wait.c */
-void tb_wait_init(tb_engine *engine);
-void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing);
-void tb_touched(tb_layer *layer, uint64_t block);
-void tb_attend(tb_engine *engine);
-void tb_tell_misses(tb_queue *queue);
-void tb_free_leavers(tb_engine *engine);
-void tb_give_up(tb_engine *engine, tb_fill *fill, int result);
-void tb_tick(tb_engine *engine);
-bool tb_may_feed(tb_engine *engine);
-void tb_feed(tb_engine *engine, bool all);
-uint32_t tb_now_ms(void);
-
-/* write.c */
-void tb_write_add(tb_engine *engine, tb_fill *fill, bool more);
-void tb_write_gap(tb_engine *engine, uint64_t staging_offset);
-void tb_write_flush(tb_engine *engine, uint32_t age_ms);
-void tb_write_turn(tb_engine *engine);
-void tb_write_done(tb_engine *engine, tb_fill *fill, int result, uint32_t expected);
-void tb_run_done(tb_engine *engine, tb_fill *first, int result);
-
-/* filler.c */
-void tb_filler_wake(tb_engine *engine);
-void *tb_filler_main(void *argument);
-
-/* serve.c */
-void tb_serve(tb_req *req);
-void tb_slot_read_done(tb_req *req, int result, uint32_t expected);
-void tb_zeros_done(tb_req *req, int result, uint32_t expected);
-uint64_t tb_copy_pos(const tb_req *req);
-void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes);
-uint16_t tb_pages_of(uint32_t offset, uint32_t length);
-
-/* hot.c */
-int tb_hot_new(uint64_t bytes, tb_hot **out);
-void tb_hot_free(tb_hot *hot);
-bool tb_hot_serve(tb_req *req);
-const uint8_t *tb_hot_bytes(const tb_req *req);
-void tb_hot_consider(tb_req *req);
-void tb_hot_keep(tb_req *req);
-void tb_hot_release(tb_req *req);
-
-/* Nothing of the request touches its frame any more. */
-static inline void tb_hot_let_go(tb_req *req)
-{
-    if (req->frame)
-        tb_hot_release(req);
-}
-
-/* queue.c */
-int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, const tb_door_ops *ops, void *door, tb_queue **out);
-int tb_queue_start(tb_queue *queue);
-void tb_queue_free(tb_queue *queue);
-void tb_queue_hand_back(tb_req *req);
-void tb_drop(tb_req *req);
-void tb_queue_wake(tb_queue *queue);
-void tb_finish(tb_req *req);
+#include "calls.h"
 
 #endif

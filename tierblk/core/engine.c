@@ -173,6 +173,9 @@ void tb_engine_stats(tb_engine *e, tb_cache_stats *out)
     out->quarantined = TB_LOAD(&e->quarantined);
     out->bad = TB_LOAD(&e->bad);
     out->probation = TB_LOAD(&e->probation);
+    out->volume_slots = TB_LOAD(&e->volume_slots);
+    out->needy = TB_LOAD(&e->needy_count);
+    out->flush_failed = TB_LOAD(&e->flush_failed);
     out->fills = 0;
     for (uint32_t i = 0; i < __atomic_load_n(&e->fills_used, __ATOMIC_ACQUIRE); i++)
         out->fills += __atomic_load_n(&e->fills[i].state, __ATOMIC_RELAXED) != FILL_FREE;

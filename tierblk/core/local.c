@@ -1,14 +1,16 @@
-/* Door: calls from this process, for tests, tools and export. A call is split at block borders as the kernel would
- * split it, goes through the same engine, and is copied out of the tags' buffers. */
+/* Door: calls from this process, for tests, tools and export. A read or write is split at block borders as the kernel would
+ * split it, goes through the same engine, and is copied through the tags' buffers. */
 #define _GNU_SOURCE
 #include "core.h"
 
 typedef struct local_call local_call;
 struct local_call {
     local_call *next;
-    uint8_t *out;
+    uint8_t *bytes;
     uint64_t offset, length, issued; /* issued: bytes from the start that tags have taken */
     uint32_t pending;                /* tags at work on it */
+    uint8_t op;
+    bool fua;
     int result;
     pthread_mutex_t lock;
     pthread_cond_t done_cond;
@@ -45,8 +47,8 @@ static void local_complete(tb_queue *queue, tb_req *req)
     local_call *call = req->cookie;
     if (req->result < 0 && call->result == 0)
         call->result = req->result;
-    else if (req->result >= 0)
-        memcpy(call->out + (req->block * TB_BLOCK_BYTES + req->offset - call->offset), req->data, req->length);
+    else if (req->result >= 0 && req->op == TB_OP_READ)
+        memcpy(call->bytes + (req->block * TB_BLOCK_BYTES + req->offset - call->offset), req->data, req->length);
     req->next = door->idle;
     door->idle = req;
     call->pending--;
@@ -57,22 +59,30 @@ static void local_complete(tb_queue *queue, tb_req *req)
 static void issue(tb_queue *queue, local_door *door, local_call *call)
 {
     tb_req *req = door->idle;
-    uint64_t at = call->offset + call->issued, left = call->length - call->issued;
     door->idle = req->next;
-    req->result = 0;
-    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = req->from_memory = 0;
-    req->since_ms = 0;
-    req->began = queue->now;
+    req->op = call->op;
+    req->fua = call->fua;
+    req->direct = 0;
     req->cookie = call;
-    req->block = at / TB_BLOCK_BYTES;
-    req->offset = (uint32_t)(at % TB_BLOCK_BYTES);
-    req->length = (uint32_t)(left < TB_BLOCK_BYTES - req->offset ? left : TB_BLOCK_BYTES - req->offset);
-    req->data = req->buffer + (queue->engine->dio_align > TB_SECTOR ? req->offset % TB_PAGE_BYTES : 0);
-    req->need = tb_pages_of(req->offset, req->length);
-    call->issued += req->length;
+    req->data = req->buffer;
+    req->length = 0;
     call->pending++;
-    TB_COUNT(&queue->stats.active, 1);
-    tb_serve(req);
+    if (call->op == TB_OP_READ || call->op == TB_OP_WRITE) {
+        uint64_t at = call->offset + call->issued, left = call->length - call->issued;
+        req->block = at / TB_BLOCK_BYTES;
+        req->offset = (uint32_t)(at % TB_BLOCK_BYTES);
+        req->length = (uint32_t)(left < TB_BLOCK_BYTES - req->offset ? left : TB_BLOCK_BYTES - req->offset);
+        if (call->op == TB_OP_READ && queue->engine->dio_align > TB_SECTOR)
+            req->data += req->offset % TB_PAGE_BYTES;
+        if (call->op == TB_OP_WRITE)
+            memcpy(req->buffer, call->bytes + call->issued, req->length);
+        call->issued += req->length;
+    } else {
+        req->start = call->offset;
+        req->end = call->offset + call->length;
+        call->issued = call->length;
+    }
+    tb_begin(req);
 }
 
 static void local_turn(tb_queue *queue)
@@ -94,7 +104,8 @@ static void local_turn(tb_queue *queue)
     }
     while (door->first && door->idle) {
         local_call *call = door->first;
-        bool last = call->length - call->issued <= TB_BLOCK_BYTES - (call->offset + call->issued) % TB_BLOCK_BYTES;
+        bool last = (call->op != TB_OP_READ && call->op != TB_OP_WRITE) ||
+                    call->length - call->issued <= TB_BLOCK_BYTES - (call->offset + call->issued) % TB_BLOCK_BYTES;
         if (last) { /* off the list before its last piece, whose completion may end and free it */
             door->first = call->next;
             if (!door->first)
@@ -125,14 +136,14 @@ static const tb_door_ops ops = {
     .turn = local_turn, .waiting = local_waiting, .release = local_release,
 };
 
-int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, tb_queue **out)
+int tb_local_open(tb_engine *engine, const tb_stack *stack, uint16_t depth, uint64_t hot_bytes, tb_queue **out)
 {
     local_door *door = calloc(1, sizeof *door);
     if (!door)
         return -ENOMEM;
     door->end = &door->first;
     tb_queue *queue;
-    int rc = tb_queue_new(engine, base, depth, hot_bytes, &ops, door, &queue);
+    int rc = tb_queue_new(engine, stack, depth, hot_bytes, &ops, door, &queue);
     if (rc) {
         free(door);
         return rc;
@@ -143,17 +154,21 @@ int tb_local_open(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t ho
     return rc;
 }
 
-/* Any thread, without the GIL; waits for the answer. offset and length in bytes, multiples of 512, inside the device.
- * Returns 0 or the first error met; `out` is then undefined. A call under way at tb_door_quit is finished; none may begin
- * after it. */
-int tb_local_read(tb_queue *queue, uint64_t offset, uint64_t length, uint8_t *out)
+/* Any thread, without the GIL; waits for the answer. op: TB_OP_*. offset and length in bytes, multiples of 512, inside the device;
+ * of a FLUSH both are 0. `bytes`: what is written, or where what is read goes. Returns 0 or the first error met; what was read is
+ * then undefined. A call under way at tb_door_quit is finished; none may begin after it. */
+int tb_local_call(tb_queue *queue, int op, uint64_t offset, uint64_t length, uint8_t *bytes)
 {
-    if (length == 0 || offset % TB_SECTOR || length % TB_SECTOR)
+    int what = op & 0xff;
+    if (what > TB_OP_ZEROES || (what == TB_OP_FLUSH ? offset || length : !length) || offset % TB_SECTOR || length % TB_SECTOR)
         return -EINVAL;
-    if (offset > queue->base->size_bytes || length > queue->base->size_bytes - offset)
+    if (offset > queue->size_bytes || length > queue->size_bytes - offset)
         return -EINVAL;
+    if (!queue->volume && what != TB_OP_READ && what != TB_OP_FLUSH)
+        return -EROFS;
     local_door *door = queue->door;
-    local_call call = {.out = out, .offset = offset, .length = length};
+    local_call call = {.bytes = bytes, .offset = offset, .length = length, .op = (uint8_t)what,
+                       .fua = (op & TB_OP_FUA) != 0};
     pthread_mutex_init(&call.lock, NULL);
     pthread_cond_init(&call.done_cond, NULL);
     local_call *head = TB_LOAD(&door->inbox);
@@ -168,4 +183,9 @@ int tb_local_read(tb_queue *queue, uint64_t offset, uint64_t length, uint8_t *ou
     pthread_mutex_destroy(&call.lock);
     pthread_cond_destroy(&call.done_cond);
     return call.result;
+}
+
+int tb_local_read(tb_queue *queue, uint64_t offset, uint64_t length, uint8_t *out)
+{
+    return tb_local_call(queue, TB_OP_READ, offset, length, out);
 }

@@ -19,7 +19,7 @@ static uint64_t *bits_new(uint64_t bits, size_t *bytes)
 }
 
 /* Maps `map_fd` (header page, then 32 bytes a block), which stays the caller's to close. Before any door is open. */
-int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, tb_layer **out)
+int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, int is_volume, tb_layer **out)
 {
     if (id == 0 || id >= TB_MAX_LAYERS || e->layers[id] || size_bytes == 0)
         return -EINVAL;
@@ -30,6 +30,7 @@ int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, tb
         return -ENOMEM;
     layer->engine = e;
     layer->id = id;
+    layer->is_volume = is_volume != 0;
     layer->map_fd = map_fd;
     layer->size_bytes = size_bytes;
     layer->blocks = tb_round_up(size_bytes, TB_BLOCK_BYTES) / TB_BLOCK_BYTES;
@@ -72,15 +73,10 @@ int tb_layer_close(tb_layer *layer)
     return 0;
 }
 
-static bool prepared(const tb_layer *layer, uint64_t block)
-{
-    return tb_bit_get(layer->ready, block / PAGE_ENTRIES);
-}
-
 /* Makes the entry of `block` safe to touch: 0, or -ENOSPC when tmpfs is full. Costs one bit test once it is. */
 int tb_map_prepare(tb_layer *layer, uint64_t block)
 {
-    if (prepared(layer, block))
+    if (tb_map_has(layer, block))
         return 0;
     off_t offset = TB_MAP_HEADER_BYTES + (off_t)(block / PAGE_ENTRIES * TB_PAGE_BYTES);
     while (fallocate(layer->map_fd, 0, offset, TB_PAGE_BYTES))
@@ -90,14 +86,32 @@ int tb_map_prepare(tb_layer *layer, uint64_t block)
     return 0;
 }
 
-/* After the entry's store: its row differs from the last copy taken. */
+/* The first block from `block` on whose entry has memory, `end` if there is none: what lies before it was never touched. */
+uint64_t tb_map_next(const tb_layer *layer, uint64_t block, uint64_t end)
+{
+    uint64_t page = block / PAGE_ENTRIES, stop = tb_round_up(end, PAGE_ENTRIES) / PAGE_ENTRIES;
+    while (page < stop) {
+        uint64_t bits = __atomic_load_n(&layer->ready[page / 64], __ATOMIC_ACQUIRE) >> (page & 63);
+        if (bits) {
+            page += (uint64_t)__builtin_ctzll(bits);
+            break;
+        }
+        page = (page | 63) + 1;
+    }
+    uint64_t found = page * PAGE_ENTRIES;
+    return found < block ? block : found < end ? found : end;
+}
+
+/* After the entry's store: its row differs from the last copy taken. The count is behind the bit for a moment, but never once
+ * the request that made the change is completed, and so a FLUSH that comes after it sees it (R7). */
 void tb_map_mark(tb_layer *layer, uint64_t block)
 {
-    uint64_t row = block / TB_ROW_ENTRIES;
-    if (!tb_bit_get(layer->changed, row)) {
-        tb_bit_set(layer->changed, row);
-        tb_bit_set(layer->changed_words, row / 64);
-    }
+    uint64_t row = block / TB_ROW_ENTRIES, bit = 1ull << (row & 63);
+    if (tb_bit_get(layer->changed, row))
+        return;
+    if (!(__atomic_fetch_or(&layer->changed[row >> 6], bit, __ATOMIC_SEQ_CST) & bit))
+        __atomic_fetch_add(&layer->changed_rows, 1, __ATOMIC_SEQ_CST);
+    tb_bit_set(layer->changed_words, row / 64);
 }
 
 static uint64_t row_end(const tb_layer *layer, uint64_t row)
@@ -111,6 +125,8 @@ static tb_head unpack(const uint8_t *p)
     tb_head head = {.slot = 0};
     memcpy(&head.slot, p, 4);
     memcpy(&head.present, p + 4, 8); /* present cached zero dirty, in this order in both */
+    if (!head.cached)
+        head.slot = 0; /* as pack_row has it */
     return head;
 }
 
@@ -135,8 +151,9 @@ static void adopt(tb_layer *layer, uint64_t block, tb_head head)
 }
 
 /* One row of the index, at start. All of it or nothing: -EBADMSG for a bad checksum or length, -EINVAL for masks or
- * slots that cannot be (R2, I3, I4, R9), -ENOSPC for a full tmpfs. */
-int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length)
+ * slots that cannot be (R2, I3, I4, R9), -ENOSPC for a full tmpfs. drop_clean: of a volume after an unclean start, whose clean
+ * pages may have been written in place since (DESIGN 5). */
+int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length, int drop_clean)
 {
     uint32_t sum;
     if (length != TB_ROW_BYTES)
@@ -159,14 +176,35 @@ int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint
     int rc = tb_map_prepare(layer, first);
     if (rc)
         return rc;
-    for (uint64_t block = first; block < end; block++)
-        adopt(layer, block, unpack(packed + (block - first) * PACKED_ENTRY));
+    for (uint64_t block = first; block < end; block++) {
+        tb_head head = unpack(packed + (block - first) * PACKED_ENTRY), kept = head;
+        if (drop_clean) {
+            kept.cached &= head.dirty;
+            kept.zero &= head.dirty;
+            kept.slot = kept.cached ? head.slot : 0;
+        }
+        adopt(layer, block, kept);
+        if (kept.cached != head.cached || kept.zero != head.zero)
+            tb_map_mark(layer, block);
+    }
     return 0;
+}
+
+/* A row of a volume that cannot be believed (R9): its pages are there and nobody has them, so that they are errors and never the
+ * base's, until each is written anew. -ENOSPC for a full tmpfs. */
+int tb_layer_bad_row(tb_layer *layer, uint64_t row)
+{
+    if (row >= layer->rows)
+        return -EINVAL;
+    int rc = tb_map_prepare(layer, row * TB_ROW_ENTRIES);
+    for (uint64_t block = row * TB_ROW_ENTRIES; !rc && block < row_end(layer, row); block++)
+        layer->entries[block].head = (tb_head){.present = tb_valid_pages(layer, block)};
+    return rc;
 }
 
 static bool persistent(tb_head head)
 {
-    return head.slot || head.present || head.cached || head.zero || head.dirty;
+    return head.present || head.cached || head.zero || head.dirty;
 }
 
 /* A warm start (R1): the map is the truth. Clears what belonged to the dead session, marks every row, and forgets a
@@ -185,6 +223,8 @@ int64_t tb_layer_warm_start(tb_layer *layer)
                 tb_entry *entry = &layer->entries[block];
                 tb_head head = entry->head;
                 head.fresh = head.flags = 0;
+                if (!head.cached)
+                    head.slot = 0; /* taken for a write that never ended */
                 memset((uint8_t *)entry + sizeof(tb_head), 0, sizeof(tb_entry) - sizeof(tb_head));
                 if (!persistent(head)) {
                     tb_entry_store(entry, head);
@@ -210,13 +250,15 @@ static bool pack_row(tb_layer *layer, uint64_t row, uint8_t *packed)
     bool any = false;
     uint64_t first = row * TB_ROW_ENTRIES, end = row_end(layer, row);
     memset(packed, 0, TB_ROW_BYTES);
-    if (!prepared(layer, first))
+    if (!tb_map_has(layer, first))
         return false;
     tb_lock *stripe = tb_stripe(layer, first); /* one row, one stripe: the copy is of one instant */
     tb_lock_take(stripe);
     for (uint64_t block = first; block < end; block++) {
         tb_head head = layer->entries[block].head;
         any |= persistent(head);
+        if (!head.cached)
+            head.slot = 0; /* taken for a write that has not ended: it is in no row before its bytes are in the file (I5) */
         memcpy(packed + (block - first) * PACKED_ENTRY, &head.slot, 4);
         memcpy(packed + (block - first) * PACKED_ENTRY + 4, &head.present, 8);
     }
@@ -232,6 +274,7 @@ int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int 
 {
     int count = 0;
     uint64_t words = tb_round_up(layer->rows, 64) / 64;
+    uint32_t was = __atomic_exchange_n(&layer->in_commit, 1, __ATOMIC_SEQ_CST); /* before the count falls: a FLUSH sees one of both (R7) */
     for (uint64_t group = 0; group < tb_round_up(words, 64) / 64; group++) {
         uint64_t pending = __atomic_exchange_n(&layer->changed_words[group], 0, __ATOMIC_SEQ_CST);
         for (; pending; pending &= pending - 1) {
@@ -242,6 +285,7 @@ int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int 
                     break;
                 uint64_t row = word * 64 + (uint64_t)__builtin_ctzll(bits);
                 __atomic_fetch_and(&layer->changed[word], ~(bits & -bits), __ATOMIC_SEQ_CST);
+                __atomic_fetch_sub(&layer->changed_rows, 1, __ATOMIC_SEQ_CST);
                 bool any = pack_row(layer, row, packed + (size_t)count * TB_ROW_BYTES);
                 rows[count++] = any ? row : row | 1ull << 63;
             }
@@ -251,6 +295,8 @@ int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int 
         if (count == max)
             break;
     }
+    if (!count)
+        __atomic_store_n(&layer->in_commit, was, __ATOMIC_SEQ_CST);
     return count;
 }
 
@@ -283,7 +329,7 @@ int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
 {
     if (block >= layer->blocks)
         return -EINVAL;
-    if (!prepared(layer, block))
+    if (!tb_map_has(layer, block))
         return 0;
     tb_lock *stripe = tb_stripe(layer, block);
     tb_lock_take(stripe);
@@ -303,6 +349,31 @@ int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
     entry->readers--;
     tb_lock_give(stripe);
     return failure ? failure : head.cached;
+}
+
+/* Takes everything from a volume that nobody shows any more, `pages` map pages from *block on, which it moves on. 0: all is gone,
+ * and so is the memory of the map; 1: call again. The slots wait for the commit that deletes the rows (I4). Event loop. */
+int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
+{
+    if (TB_LOAD(&layer->doors))
+        return -EBUSY;
+    for (; *block < layer->blocks && pages > 0; pages--) {
+        uint64_t first = tb_map_next(layer, *block, layer->blocks), end = first / PAGE_ENTRIES * PAGE_ENTRIES + PAGE_ENTRIES;
+        for (*block = first; *block < end && *block < layer->blocks; ++*block) {
+            tb_entry *entry = &layer->entries[*block];
+            tb_lock *stripe = tb_stripe(layer, *block);
+            tb_lock_take(stripe);
+            tb_head head = entry->head;
+            TB_ADD(&layer->cached_pages, -(uint64_t)__builtin_popcount(head.cached));
+            tb_entry_store(entry, (tb_head){.slot = 0});
+            if (persistent(head))
+                tb_map_mark(layer, *block);
+            if (head.slot)
+                tb_slot_quarantine(layer->engine, head.slot);
+            tb_lock_give(stripe);
+        }
+    }
+    return *block < layer->blocks;
 }
 
 uint64_t tb_layer_cached_pages(tb_layer *layer)

@@ -44,54 +44,6 @@ void tb_queue_wake(tb_queue *queue)
     }
 }
 
-/* For a door that leaves: not completed here. The driver issues it again to whoever serves the device next (I11). */
-void tb_drop(tb_req *req)
-{
-    TB_COUNT(&req->queue->stats.active, -1ull);
-}
-
-/* One clock reading a turn serves all requests that come or end in it, so this costs a few instructions. */
-static void note_latency(tb_queue *queue, const tb_req *req, unsigned tier)
-{
-    uint64_t ticks = queue->now - req->began;
-    unsigned octave = ticks < 4 ? 0 : 61 - (unsigned)__builtin_clzll(ticks);
-    unsigned bucket = ticks < 4 ? 0 : 4 * octave + (unsigned)(ticks >> octave & 3);
-    TB_COUNT(&queue->latencies[tier][bucket < TB_LATENCY_BUCKETS ? bucket : TB_LATENCY_BUCKETS - 1], 1);
-}
-
-/* Counts the request and hands it to its door, once (I11). */
-void tb_finish(tb_req *req)
-{
-    tb_stats *stats = &req->queue->stats;
-    req->since_ms = 0;
-    if (TB_LOAD(&req->queue->leaving)) {
-        tb_drop(req);
-        return;
-    }
-    TB_COUNT(&stats->requests, 1);
-    if (req->result < 0)
-        TB_COUNT(&stats->errors, 1);
-    else if (req->missed) {
-        TB_COUNT(&stats->miss_requests, 1);
-        TB_COUNT(&stats->miss_bytes, req->length);
-        note_latency(req->queue, req, TB_TIER_MISS);
-    } else if (req->all_zero) {
-        TB_COUNT(&stats->zero_requests, 1);
-        TB_COUNT(&stats->zero_bytes, req->length);
-        note_latency(req->queue, req, TB_TIER_ZERO);
-    } else {
-        TB_COUNT(&stats->hit_requests, 1);
-        TB_COUNT(&stats->hit_bytes, req->length);
-        if (req->from_memory) {
-            TB_COUNT(&stats->memory_requests, 1);
-            req->queue->now = tb_ticks(); /* it is done in the turn in which it came, of which there is one reading */
-        }
-        note_latency(req->queue, req, req->from_memory ? TB_TIER_MEMORY : TB_TIER_HIT);
-    }
-    TB_COUNT(&stats->active, -1ull);
-    req->queue->ops->complete(req->queue, req);
-}
-
 static void take_inbox(tb_queue *queue)
 {
     tb_req *stack = __atomic_exchange_n(&queue->inbox, NULL, __ATOMIC_SEQ_CST), *oldest = NULL;
@@ -104,10 +56,7 @@ static void take_inbox(tb_queue *queue)
     while (oldest) {
         tb_req *req = oldest;
         oldest = req->next;
-        if (req->result || !req->need)
-            tb_finish(req);
-        else
-            tb_serve(req);
+        tb_resume(req);
     }
 }
 
@@ -121,7 +70,17 @@ static void take_completions(tb_queue *queue)
         count++;
         switch (tb_ud_kind(ud)) {
         case UD_SLOT_READ:
-            tb_slot_read_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
+        case UD_VOLUME_READ:
+            tb_slot_read_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud), tb_ud_kind(ud) == UD_VOLUME_READ);
+            break;
+        case UD_WRITE:
+            tb_volume_write_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
+            break;
+        case UD_DATA:
+            tb_data_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
+            break;
+        case UD_SYNC:
+            tb_sync_done(tb_ud_pointer(ud), cqe->res);
             break;
         case UD_ZEROS:
             tb_zeros_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
@@ -161,13 +120,14 @@ static void serve_until_done(tb_queue *queue)
         take_inbox(queue);
         if (queue->ops->turn)
             queue->ops->turn(queue);
+        tb_clear_turn(queue);
         tb_tell_misses(queue);
         __atomic_exchange_n(&queue->armed, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&queue->inbox, __ATOMIC_SEQ_CST) || (queue->ops->waiting && queue->ops->waiting(queue)))
             continue; /* came in while armed was still 0, so nobody wrote to wake_fd */
         if (may_leave(queue))
             break;
-        int rc = io_uring_submit_and_wait(&queue->ring, 1);
+        int rc = queue->slices ? io_uring_submit_and_get_events(&queue->ring) : io_uring_submit_and_wait(&queue->ring, 1);
         TB_COUNT(&queue->stats.enters, 1);
         queue->now = tb_ticks();
         __atomic_store_n(&queue->armed, 0, __ATOMIC_RELAXED);
@@ -225,9 +185,10 @@ static bool take_tags(tb_engine *engine, uint16_t depth)
 }
 
 /* On failure `door` is still the caller's; with success it belongs to the queue, whose `release` frees it. */
-int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot_bytes, const tb_door_ops *ops, void *door, tb_queue **out)
+int tb_queue_new(tb_engine *engine, const tb_stack *stack, uint16_t depth, uint64_t hot_bytes, const tb_door_ops *ops, void *door,
+                 tb_queue **out)
 {
-    if (depth == 0)
+    if (depth == 0 || (!stack->volume && !stack->base))
         return -EINVAL;
     if (!take_tags(engine, depth)) /* more requests could miss than there are fills and ring records for */
         return -EMFILE;
@@ -237,7 +198,9 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot
         return -ENOMEM;
     }
     queue->engine = engine;
-    queue->base = base;
+    queue->volume = stack->volume;
+    queue->base = stack->base;
+    queue->size_bytes = stack->size_bytes;
     queue->depth = depth;
     queue->id = TB_ADD(&engine->next_door, 1);
     queue->armed = 0;
@@ -250,11 +213,14 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot
     pthread_cond_init(&queue->ready_cond, NULL);
     size_t bytes = (size_t)depth * TB_BLOCK_BYTES;
     queue->buffers = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    queue->olds = queue->volume ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) : NULL;
     queue->reqs = aligned_alloc(64, (size_t)depth * sizeof *queue->reqs);
-    if (queue->buffers == MAP_FAILED || !queue->reqs || queue->wake_fd < 0 || queue->end_fd < 0 || tb_hot_new(hot_bytes, &queue->hot)) {
+    if (queue->buffers == MAP_FAILED || queue->olds == MAP_FAILED || !queue->reqs || queue->wake_fd < 0 || queue->end_fd < 0 || tb_hot_new(hot_bytes, &queue->hot)) {
         tb_queue_free(queue);
         return -ENOMEM;
     }
+    if (queue->olds)
+        madvise(queue->olds, bytes, MADV_DONTFORK);
     madvise(queue->buffers, bytes, MADV_DONTFORK); /* a fork's copy-on-write must not move them under the driver */
     memset(queue->reqs, 0, (size_t)depth * sizeof *queue->reqs);
     for (uint16_t tag = 0; tag < depth; tag++) {
@@ -266,6 +232,14 @@ int tb_queue_new(tb_engine *engine, tb_layer *base, uint16_t depth, uint64_t hot
     queue->door = door;
     *out = queue;
     return 0;
+}
+
+static void count_door(tb_queue *queue, uint32_t n)
+{
+    if (queue->volume)
+        TB_ADD(&queue->volume->doors, n);
+    if (queue->base)
+        TB_ADD(&queue->base->doors, n);
 }
 
 /* Starts the thread and waits until its first commands are submitted. On failure the queue is gone. */
@@ -287,7 +261,7 @@ int tb_queue_start(tb_queue *queue)
         tb_queue_free(queue);
         return rc;
     }
-    TB_ADD(&queue->base->doors, 1);
+    count_door(queue, 1);
     return 0;
 }
 
@@ -302,6 +276,8 @@ void tb_queue_free(tb_queue *queue)
         queue->ops->release(queue);
     if (queue->buffers && queue->buffers != MAP_FAILED)
         munmap(queue->buffers, (size_t)queue->depth * TB_BLOCK_BYTES);
+    if (queue->olds && queue->olds != MAP_FAILED)
+        munmap(queue->olds, (size_t)queue->depth * TB_BLOCK_BYTES);
     free(queue->reqs);
     tb_hot_free(queue->hot);
     if (queue->wake_fd >= 0)
@@ -373,7 +349,7 @@ int tb_door_close(tb_queue *queue)
         pthread_join(queue->thread, NULL);
         while (__atomic_load_n(&queue->visitors, __ATOMIC_ACQUIRE))
             sched_yield(); /* a system call away from leaving */
-        TB_ADD(&queue->base->doors, -1u);
+        count_door(queue, -1u);
     }
     tb_queue_free(queue);
     return 0;

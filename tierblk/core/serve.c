@@ -1,4 +1,5 @@
-/* A read, from look-up to completion, whichever door it came through. All of it runs in the queue's own thread. */
+/* A read, from look-up to completion, whichever door it came through: of the volume where it has a page, else of the base, else
+ * zeros (DESIGN 5). All of it runs in the queue's own thread. */
 #include "core.h"
 
 /* The pages that [offset, offset + length) of a block touches; length > 0. */
@@ -44,7 +45,7 @@ static bool write_into(const tb_req *req, const uint8_t *from, uint32_t length, 
  * filler calls this too, for a request that is parked with it. */
 void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes)
 {
-    uint16_t mask = pages & req->need;
+    uint16_t put = pages & req->need & req->of_base, mask = put;
     while (mask) {
         uint32_t first, last, start, end;
         next_run(&mask, &first, &last);
@@ -53,11 +54,11 @@ void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes)
             memcpy(req->data + (start - req->offset), block_bytes + start, end - start);
         else if (!write_into(req, block_bytes + start, end - start, start - req->offset)) {
             req->result = -EIO; /* the driver took the request back: nobody gets it any more */
-            pages = req->need;
+            put = req->need;
             break;
         }
     }
-    req->need &= (uint16_t)~pages;
+    req->need &= (uint16_t)~put;
 }
 
 static const uint8_t zeros[TB_BLOCK_BYTES] __attribute__((aligned(TB_PAGE_BYTES)));
@@ -83,7 +84,7 @@ static void put_zeros(tb_req *req, uint16_t mask)
 /* One SQE a run. Where the cache's disk wants more than sectors, the read is widened inside its own pages: the request's
  * data was laid out so that those bytes are the tag's own (begin of the request in tb_ublk, tb_local). A direct request
  * needs no widening, or it would not be one; its registered buffer has the number of its tag and begins at 0. */
-static void read_slot(tb_req *req, uint32_t slot, uint16_t mask)
+static void read_slot(tb_req *req, uint32_t slot, uint16_t mask, unsigned kind)
 {
     tb_queue *queue = req->queue;
     uint32_t align = queue->engine->dio_align;
@@ -102,7 +103,7 @@ static void read_slot(tb_req *req, uint32_t slot, uint16_t mask)
                                (uint64_t)slot * TB_BLOCK_BYTES + start);
         }
         sqe->flags |= IOSQE_FIXED_FILE;
-        sqe->user_data = tb_ud(req, UD_SLOT_READ, end - start);
+        sqe->user_data = tb_ud(req, kind, end - start);
         req->inflight++;
     }
 }
@@ -125,57 +126,143 @@ static void note_hit(tb_engine *engine, tb_entry *entry)
 static void fail(tb_req *req, int result)
 {
     req->result = result;
-    tb_finish(req);
+    tb_over(req);
+}
+
+/* Where the pages that a request still needs are. */
+typedef struct {
+    uint32_t volume_slot, base_slot;
+    uint16_t in_volume, in_base, zero;
+} sources;
+
+/* Fewer reads on an entry. Whoever takes the last of them away from a block that has lost its pages meanwhile takes the slot
+ * as well (R2). */
+static void unpin(tb_layer *layer, uint64_t block)
+{
+    tb_lock *stripe = tb_stripe(layer, block);
+    tb_lock_take(stripe);
+    tb_entry *entry = &layer->entries[block];
+    tb_head head = entry->head;
+    entry->readers--;
+    uint32_t dropped = tb_entry_drop_slot(entry, &head);
+    if (dropped) {
+        tb_entry_store(entry, head);
+        tb_slot_quarantine(layer->engine, dropped);
+    }
+    tb_lock_give(stripe);
+}
+
+/* False: the request has failed. A page that the volume has and nobody can give is in a row of the index that was damaged (R9):
+ * never the base's, which is older. */
+static bool look_in_volume(tb_req *req, tb_layer *volume, sources *from)
+{
+    if (!tb_map_has(volume, req->block))
+        return true;
+    tb_lock *stripe = tb_stripe(volume, req->block);
+    tb_lock_take(stripe);
+    tb_entry *entry = &volume->entries[req->block];
+    tb_head head = entry->head;
+    bool lost = req->need & head.present & (uint16_t)~(head.cached | head.zero);
+    from->in_volume = lost ? 0 : req->need & head.cached;
+    from->zero = req->need & head.zero;
+    from->volume_slot = head.slot;
+    if (from->in_volume)
+        entry->readers++; /* R2: the slot stays while it is read */
+    tb_lock_give(stripe);
+    req->pinned = from->in_volume ? PIN_VOLUME : 0;
+    if (lost)
+        fail(req, -EIO);
+    return !lost;
+}
+
+/* `rest`: pages that the volume does not have. False: the request is parked, has failed, or was served out of memory. */
+static bool look_in_base(tb_req *req, tb_layer *base, uint16_t rest, sources *from)
+{
+    int rc = tb_map_prepare(base, req->block);
+    if (rc) {
+        if (req->pinned)
+            unpin(req->queue->volume, req->block);
+        fail(req, rc);
+        return false;
+    }
+    tb_queue *queue = req->queue;
+    tb_lock *stripe = tb_stripe(base, req->block);
+    tb_entry *entry = &base->entries[req->block];
+    req->from_memory = queue->hot && req->phase == AT_READ && rest == tb_pages_of(req->offset, req->length) && tb_hot_serve(req);
+    tb_lock_take(stripe);
+    tb_head head = entry->head;
+    if (__builtin_expect(head.flags & TB_ENTRY_MARKED, 0))
+        tb_touched(base, req->block);
+    uint16_t missing = rest & (uint16_t)~(head.cached | head.zero);
+    if (req->from_memory) {
+        if (!missing)
+            note_hit(base->engine, entry); /* what is hot above stays hot below */
+        tb_lock_give(stripe);
+        req->all_zero = 0;
+        req->need = 0;
+        tb_finish(req);
+        return false;
+    }
+    if (missing && req->pinned) { /* nothing is held while it waits; and then nothing is known any more */
+        tb_lock_give(stripe);
+        unpin(queue->volume, req->block);
+        req->pinned = 0;
+        tb_lock_take(stripe);
+        head = entry->head;
+        missing = rest & (uint16_t)~(head.cached | head.zero);
+        if (!missing) {
+            tb_lock_give(stripe);
+            tb_serve(req);
+            return false;
+        }
+    }
+    if (missing) {
+        req->of_base = rest;
+        tb_park(req, base, stripe, missing);
+        return false;
+    }
+    from->in_base = rest & head.cached;
+    from->zero |= rest & head.zero;
+    from->base_slot = head.slot;
+    if (from->in_base) {
+        entry->readers++;
+        note_hit(base->engine, entry);
+        req->pinned |= PIN_BASE;
+    }
+    tb_lock_give(stripe);
+    return true;
 }
 
 /* Looks up every page that the request still needs and serves it, or parks it. Woken requests come through here again,
  * from the start (R5). */
 void tb_serve(tb_req *req)
 {
-    tb_layer *layer = req->queue->base;
-    int rc = tb_map_prepare(layer, req->block);
-    if (rc) {
-        fail(req, rc);
+    tb_queue *queue = req->queue;
+    tb_layer *volume = queue->volume, *base = queue->base;
+    sources from = {0};
+    req->pinned = 0;
+    if (volume && !look_in_volume(req, volume, &from))
         return;
+    uint16_t rest = req->need & (uint16_t)~(from.in_volume | from.zero);
+    if (volume) { /* the device may be larger than the base, and a base that has no page reads as zeros */
+        uint16_t there = base && req->block < base->blocks ? tb_valid_pages(base, req->block) : 0;
+        from.zero |= rest & (uint16_t)~there;
+        rest &= there;
     }
-    tb_lock *stripe = tb_stripe(layer, req->block);
-    tb_entry *entry = &layer->entries[req->block];
-    req->from_memory = req->queue->hot && tb_hot_serve(req);
-    tb_lock_take(stripe);
-    tb_head head = entry->head;
-    if (__builtin_expect(head.flags & TB_ENTRY_MARKED, 0))
-        tb_touched(layer, req->block);
-    uint16_t missing = req->need & (uint16_t)~(head.cached | head.zero);
-    if (req->from_memory) {
-        if (!missing)
-            note_hit(layer->engine, entry); /* what is hot above stays hot below */
-        tb_lock_give(stripe);
-        req->all_zero = req->pinned = 0;
-        req->need = 0;
-        tb_finish(req);
+    if (rest && !look_in_base(req, base, rest, &from))
         return;
-    }
-    if (missing) {
-        tb_park(req, stripe, missing);
-        return;
-    }
-    uint16_t from_slot = req->need & head.cached;
-    if (from_slot) {
-        entry->readers++; /* R2: the slot stays while it is read */
-        note_hit(layer->engine, entry);
-    }
-    tb_lock_give(stripe);
-    req->pinned = from_slot != 0;
-    req->all_zero = from_slot == 0;
+    req->all_zero = !from.in_volume && !from.in_base;
     req->inflight = 0;
-    if (req->queue->hot && from_slot && from_slot == tb_pages_of(req->offset, req->length))
+    if (queue->hot && req->phase == AT_READ && from.in_base && from.in_base == tb_pages_of(req->offset, req->length))
         tb_hot_consider(req);
-    put_zeros(req, req->need & head.zero);
-    if (from_slot)
-        read_slot(req, head.slot, from_slot);
+    put_zeros(req, from.zero);
+    if (from.in_volume)
+        read_slot(req, from.volume_slot, from.in_volume, UD_VOLUME_READ);
+    if (from.in_base)
+        read_slot(req, from.base_slot, from.in_base, UD_SLOT_READ);
     if (!req->inflight) {
         req->need = 0;
-        tb_finish(req);
+        tb_over(req);
     }
 }
 
@@ -204,23 +291,27 @@ static void forget_block(tb_layer *layer, tb_entry *entry, uint64_t block)
 }
 
 /* What slot_failed remembers of a request's slot reads until the last of them is over. */
-enum { AGAIN = 1, BAD_SLOT = 2, BY_BUFFER = 4 };
+enum { AGAIN = 1, BAD_SLOT = 2, BY_BUFFER = 4, BAD_VOLUME = 8 };
 
-/* One of a request's reads or writes is over; true when it was the last. The entry is let go of then. */
+/* One of a request's reads or writes is over; true when it was the last. The entries are let go of then. */
 static bool last_done(tb_req *req)
 {
     if (--req->inflight)
         return false;
-    if (!req->pinned)
-        return true;
-    tb_layer *layer = req->queue->base;
-    tb_entry *entry = &layer->entries[req->block];
-    tb_lock *stripe = tb_stripe(layer, req->block);
-    tb_lock_take(stripe);
-    entry->readers--;
-    if (req->slot_failed & BAD_SLOT && !entry->head.dirty)
-        forget_block(layer, entry, req->block);
-    tb_lock_give(stripe);
+    tb_queue *queue = req->queue;
+    if (req->pinned & PIN_VOLUME)
+        unpin(queue->volume, req->block);
+    if (req->pinned & PIN_BASE) {
+        tb_layer *layer = queue->base;
+        tb_entry *entry = &layer->entries[req->block];
+        tb_lock *stripe = tb_stripe(layer, req->block);
+        tb_lock_take(stripe);
+        entry->readers--;
+        if (req->slot_failed & BAD_SLOT && !entry->head.dirty)
+            forget_block(layer, entry, req->block);
+        tb_lock_give(stripe);
+    }
+    req->pinned = 0;
     return true;
 }
 
@@ -228,12 +319,14 @@ static void finish_or_repeat(tb_req *req)
 {
     if (req->slot_failed & BY_BUFFER)
         req->direct = 0; /* through our own buffer, then: all of it, whatever is in the request's pages already */
+    if (req->slot_failed & BAD_VOLUME) /* nobody else has these bytes (DESIGN 9) */
+        req->result = -EIO;
     if (!req->slot_failed || req->result < 0) {
         req->need = 0;
         if (req->frame && !req->slot_failed && !req->result)
             tb_hot_keep(req);
         tb_hot_let_go(req);
-        tb_finish(req);
+        tb_over(req);
         return;
     }
     tb_hot_let_go(req);
@@ -242,18 +335,18 @@ static void finish_or_repeat(tb_req *req)
         fail(req, -EIO);
         return;
     }
-    req->need = tb_pages_of(req->offset, req->length);
+    req->need = req->phase == AT_OLD ? req->owns : tb_pages_of(req->offset, req->length);
     tb_serve(req);
 }
 
-void tb_slot_read_done(tb_req *req, int result, uint32_t expected)
+void tb_slot_read_done(tb_req *req, int result, uint32_t expected, bool of_volume)
 {
     if (req->direct && (result == -EINVAL || result == -EIO)) {
         /* The disk cannot reach memory that lies like this; or a filesystem with checksums met pages that their owner
          * changes while they are read, which is no fault of the slot. */
         req->slot_failed |= BY_BUFFER;
     } else if (result != (int)expected) {
-        req->slot_failed |= result == -EAGAIN || result == -EINTR ? AGAIN : BAD_SLOT;
+        req->slot_failed |= result == -EAGAIN || result == -EINTR ? AGAIN : of_volume ? BAD_VOLUME : BAD_SLOT;
         TB_COUNT(&req->queue->stats.slot_errors, 1);
     }
     if (last_done(req))

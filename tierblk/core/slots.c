@@ -45,7 +45,16 @@ bool tb_slot_owned(const tb_engine *e, uint32_t slot)
 /* Block numbers fit 48 bits (2^64 bytes of 64 KiB blocks); layer ids begin at 1, so an owner is never FREE_OWNER. */
 void tb_slot_own(tb_engine *e, uint32_t slot, const tb_layer *layer, uint64_t block)
 {
+    if (layer->is_volume)
+        TB_ADD(&e->volume_slots, 1);
     __atomic_store_n(&e->owner[slot], (uint64_t)layer->id << 48 | block, __ATOMIC_RELEASE);
+}
+
+static void disown(tb_engine *e, uint32_t slot, uint64_t instead)
+{
+    uint64_t owner = __atomic_exchange_n(&e->owner[slot], instead, __ATOMIC_SEQ_CST);
+    if (owner != FREE_OWNER && owner != CONDEMNED && e->layers[owner >> 48]->is_volume)
+        TB_ADD(&e->volume_slots, -1u);
 }
 
 /* After every layer is loaded: what nobody names and nobody quarantined is free (R8). */
@@ -116,6 +125,59 @@ uint32_t tb_slot_take_run(tb_engine *e, uint32_t want, uint32_t *got)
     return best;
 }
 
+uint32_t tb_slot_take_for_write(tb_engine *e)
+{
+    uint32_t got = 0, slot = tb_slot_take_run(e, 1, &got);
+    return got ? slot : 0;
+}
+
+/* Under the stripe lock: the slot that an entry is to lose because nothing of it is cached any more and nothing is in flight on
+ * it (R2); 0: none. The caller stores the head and quarantines the slot. */
+uint32_t tb_entry_drop_slot(tb_entry *entry, tb_head *head)
+{
+    if (!head->slot || head->cached || entry->readers || entry->writers || entry->fill)
+        return 0;
+    uint32_t slot = head->slot;
+    head->slot = 0;
+    return slot;
+}
+
+/* Under a stripe lock, see tb_door_drain: the write waits until slots are free, or until somebody says that none will be. */
+void tb_needy_push(tb_engine *e, tb_req *req)
+{
+    TB_ADD(&req->queue->stats.waiting, 1);
+    TB_ADD(&e->needy_count, 1);
+    tb_req *head = TB_LOAD(&e->needy);
+    do
+        req->next = head;
+    while (!__atomic_compare_exchange_n(&e->needy, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+}
+
+/* Any thread: those of the waiting writes that `whom` names (NULL: all) look again, or end with `result`. */
+void tb_needy_wake(tb_engine *e, bool (*whom)(const tb_req *req), int result)
+{
+    tb_req *list = __atomic_exchange_n(&e->needy, NULL, __ATOMIC_SEQ_CST);
+    while (list) {
+        tb_req *req = list;
+        list = req->next;
+        TB_ADD(&e->needy_count, -1u);
+        if (whom && !whom(req)) {
+            TB_ADD(&req->queue->stats.waiting, -1ull);
+            tb_needy_push(e, req);
+            continue;
+        }
+        req->result = result;
+        tb_queue_hand_back(req);
+    }
+}
+
+/* Event loop: nothing can be evicted and no freed slot waits for a commit, or no commit succeeds. */
+void tb_no_space(tb_engine *e, int result)
+{
+    __atomic_store_n(&e->need_space_told, 0, __ATOMIC_SEQ_CST); /* first: who comes too late for this tells again */
+    tb_needy_wake(e, NULL, result);
+}
+
 /* For a slot that no row ever named since it was taken: free at once. */
 void tb_slot_give_back(tb_engine *e, uint32_t slot)
 {
@@ -130,7 +192,7 @@ void tb_slot_give_back(tb_engine *e, uint32_t slot)
  * marked changed before, or a commit could release the slot without having written the row. */
 void tb_slot_quarantine(tb_engine *e, uint32_t slot)
 {
-    __atomic_store_n(&e->owner[slot], FREE_OWNER, __ATOMIC_RELEASE);
+    disown(e, slot, FREE_OWNER);
     tb_lock_take(&e->slot_lock);
     tb_bit_set(e->quarantine[0], slot);
     __atomic_store_n(&e->quarantined, e->quarantined + 1, __ATOMIC_RELAXED);
@@ -147,7 +209,7 @@ bool tb_slot_may_condemn(const tb_engine *e)
 /* For a slot whose medium failed: nobody gets it before the next start. */
 void tb_slot_condemn(tb_engine *e, uint32_t slot)
 {
-    __atomic_store_n(&e->owner[slot], CONDEMNED, __ATOMIC_RELEASE);
+    disown(e, slot, CONDEMNED);
     TB_ADD(&e->bad, 1);
 }
 
@@ -178,8 +240,14 @@ void tb_slots_commit_end(tb_engine *e, int ok)
         __atomic_store_n(&e->quarantined, e->quarantined - released, __ATOMIC_RELAXED);
     }
     tb_lock_give(&e->slot_lock);
-    if (ok)
-        __atomic_store_n(&e->need_space_told, 0, __ATOMIC_RELAXED);
+    for (unsigned id = 1; id < TB_MAX_LAYERS; id++) /* after a failed cycle its rows are changed again, R7 */
+        if (e->layers[id])
+            __atomic_store_n(&e->layers[id]->in_commit, 0, __ATOMIC_SEQ_CST);
+    if (!ok)
+        return;
+    __atomic_store_n(&e->vain, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&e->need_space_told, 0, __ATOMIC_RELAXED);
+    tb_needy_wake(e, NULL, 0);
 }
 
 /* One slot under the hand: its block leaves if nothing is in flight on it and it was not hit lately. A block on
@@ -238,6 +306,7 @@ void tb_evict_turn(tb_engine *e)
         return;
     tb_say(e, (tb_record){.kind = TB_EV_EVICTED, .value = e->evict_done}); /* not said, Python would never ask again */
     TB_COUNT(&e->stats.evicted, e->evict_done);
+    __atomic_store_n(&e->vain, e->evict_done == 0, __ATOMIC_RELAXED);
     e->evict_done = e->evict_steps = 0;
     __atomic_store_n(&e->need_space_told, 0, __ATOMIC_RELAXED);
 }

@@ -76,6 +76,10 @@ static void commit(tb_queue *queue, tb_req *req)
 {
     ublk_door *door = queue->door;
     int result = req->result < 0 ? req->result : (int)req->length; /* full length or an errno, never short */
+    if (req->op != TB_OP_READ) {
+        command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, result);
+        return;
+    }
     if (req->frame) {
         commit_from_memory(queue, req);
         return;
@@ -104,37 +108,70 @@ static void copied(tb_queue *queue, tb_req *req, int result)
     command(queue, req, UBLK_IO_COMMIT_AND_FETCH_REQ, result == (int)req->length ? result : -EIO);
 }
 
-/* A request has come. The device announces chunk_sectors = one block, so it never crosses a block; a driver that breaks
+/* What the driver calls it; -1: nothing that a device of ours can have announced. */
+static int operation(const tb_queue *queue, uint32_t op_flags)
+{
+    switch (op_flags & 0xff) {
+    case UBLK_OP_READ:
+        return TB_OP_READ;
+    case UBLK_OP_FLUSH:
+        return TB_OP_FLUSH;
+    case UBLK_OP_WRITE:
+        return queue->volume ? TB_OP_WRITE : -1;
+    case UBLK_OP_DISCARD:
+        return queue->volume ? TB_OP_DISCARD : -1;
+    case UBLK_OP_WRITE_ZEROES:
+        return queue->volume ? TB_OP_ZEROES : -1;
+    default:
+        return -1;
+    }
+}
+
+/* Answered before it was begun. */
+static void refuse(tb_queue *queue, tb_req *req, int result)
+{
+    TB_COUNT(&queue->stats.requests, 1);
+    TB_COUNT(&queue->stats.errors, 1);
+    req->result = result;
+    commit(queue, req);
+}
+
+/* A request has come. The device announces chunk_sectors = one block, so data never crosses a block; a driver that breaks
  * this gets an error, not a look beyond the buffer. */
 static void begin(tb_queue *queue, tb_req *req)
 {
     ublk_door *door = queue->door;
     struct ublk_io_desc desc = door->descriptors[req->tag];
-    uint64_t start = desc.start_sector * TB_SECTOR;
+    uint64_t start = desc.start_sector * TB_SECTOR, length = (uint64_t)desc.nr_sectors * TB_SECTOR;
     uint32_t align = queue->engine->dio_align;
-    req->result = 0;
-    req->tries = req->missed = req->slot_failed = req->all_zero = req->direct = req->pinned = req->from_memory = 0;
-    req->since_ms = 0;
-    req->began = queue->now;
+    int op = operation(queue, desc.op_flags);
+    req->op = (uint8_t)op;
+    req->fua = (desc.op_flags & UBLK_IO_F_FUA) != 0;
     req->length = 0;
-    TB_COUNT(&queue->stats.active, 1);
-    if ((desc.op_flags & 0xff) != UBLK_OP_READ) { /* a read-only device: nothing else carries data here */
-        req->result = (desc.op_flags & 0xff) == UBLK_OP_FLUSH ? 0 : -EOPNOTSUPP;
-        tb_finish(req);
+    req->direct = 0;
+    if (op < 0) {
+        refuse(queue, req, -EOPNOTSUPP);
         return;
     }
-    req->block = start / TB_BLOCK_BYTES;
-    req->offset = (uint32_t)(start % TB_BLOCK_BYTES);
-    req->length = desc.nr_sectors * TB_SECTOR;
-    if (desc.nr_sectors == 0 || req->length > TB_BLOCK_BYTES - req->offset || start + req->length > queue->base->size_bytes) {
-        req->result = -EIO;
-        tb_finish(req);
+    if (op != TB_OP_FLUSH && (!length || start > queue->size_bytes || length > queue->size_bytes - start)) {
+        refuse(queue, req, -EIO);
         return;
     }
-    req->direct = door->zero_copy && !(desc.op_flags & UBLK_IO_F_NEED_REG_BUF) && (req->offset | req->length) % align == 0;
-    req->data = req->buffer + (align > TB_SECTOR ? req->offset % TB_PAGE_BYTES : 0);
-    req->need = tb_pages_of(req->offset, req->length);
-    tb_serve(req);
+    if (op == TB_OP_READ || op == TB_OP_WRITE) {
+        req->block = start / TB_BLOCK_BYTES;
+        req->offset = (uint32_t)(start % TB_BLOCK_BYTES);
+        if (length > TB_BLOCK_BYTES - req->offset) {
+            refuse(queue, req, -EIO);
+            return;
+        }
+        req->length = (uint32_t)length;
+        req->direct = door->zero_copy && !(desc.op_flags & UBLK_IO_F_NEED_REG_BUF) && (req->offset | req->length) % align == 0;
+        req->data = req->buffer + (op == TB_OP_READ && align > TB_SECTOR ? req->offset % TB_PAGE_BYTES : 0);
+    } else {
+        req->start = start;
+        req->end = start + length;
+    }
+    tb_begin(req);
 }
 
 static void ublk_event(tb_queue *queue, uint64_t user_data, int result)
@@ -184,7 +221,7 @@ static const tb_door_ops ops = {
 /* Hardware queue q_id of a device after SET_PARAMS and before START_DEV. cdev_fd is /dev/ublkcN, opened O_NONBLOCK; it
  * stays the caller's to close, after tb_door_close. zero_copy: what ADD_DEV granted, AUTO_BUF_REG with USER_COPY. cpus: a bit
  * a processor, where its thread shall run; none for anywhere. */
-int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
+int tb_ublk_open(tb_engine *engine, const tb_stack *stack, int cdev_fd, uint32_t dev_id, uint16_t q_id, uint16_t depth, int zero_copy,
                  uint64_t hot_bytes, const uint8_t *cpus, size_t cpus_bytes, tb_queue **out)
 {
     ublk_door *door = calloc(1, sizeof *door);
@@ -194,7 +231,7 @@ int tb_ublk_open(tb_engine *engine, tb_layer *base, int cdev_fd, uint32_t dev_id
     door->q_id = q_id;
     door->zero_copy = zero_copy != 0;
     tb_queue *queue;
-    int rc = tb_queue_new(engine, base, depth, hot_bytes, &ops, door, &queue);
+    int rc = tb_queue_new(engine, stack, depth, hot_bytes, &ops, door, &queue);
     if (rc) {
         free(door);
         return rc;

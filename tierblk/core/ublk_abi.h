@@ -10,6 +10,7 @@
 #define UBLK_MAX_DEPTH 4096u
 
 /* Flags of a descriptor, beside its operation. */
+#define UBLK_IO_F_FUA (1u << 13)
 #define UBLK_IO_F_NEED_REG_BUF (1u << 17)
 
 /* AUTO_BUF_REG, in sqe->addr of FETCH and COMMIT: the buffer's number in bits 0-15; FALLBACK: when it cannot be

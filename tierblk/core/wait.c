@@ -101,10 +101,9 @@ void tb_feed(tb_engine *e, bool all)
 
 /* Under the stripe lock, which it gives back: the request waits for a fill of its block (I7: the one that runs, or a
  * new one). Draining and leaving are looked at under the lock, see tb_door_drain. */
-void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing)
+void tb_park(tb_req *req, tb_layer *layer, tb_lock *stripe, uint16_t missing)
 {
     tb_queue *queue = req->queue;
-    tb_layer *layer = queue->base;
     tb_engine *e = layer->engine;
     tb_entry *entry = &layer->entries[req->block];
     bool first = !entry->fill, look = false, drains = __atomic_load_n(&queue->draining, __ATOMIC_SEQ_CST);
@@ -126,7 +125,7 @@ void tb_park(tb_req *req, tb_lock *stripe, uint16_t missing)
     if (!fill) {
         tb_lock_give(stripe);
         req->result = failure;
-        tb_finish(req);
+        tb_over(req);
         return;
     }
     if (!first) {
@@ -295,11 +294,17 @@ static bool door_leaves(const tb_req *req, const tb_fill *fill, uint32_t now_ms,
     return TB_LOAD(&req->queue->draining) != 0;
 }
 
+static bool door_drains(const tb_req *req)
+{
+    return TB_LOAD(&req->queue->draining) != 0;
+}
+
 /* Filler: ends every parked request of a draining or leaving door. Their fills go on, others may wait for the blocks. */
 void tb_free_leavers(tb_engine *e)
 {
     part_everywhere(e, door_leaves);
     tb_feed(e, true);
+    tb_needy_wake(e, door_drains, -EIO);
 }
 
 static bool patience_ends(const tb_req *req, const tb_fill *fill, uint32_t now_ms, int *result)

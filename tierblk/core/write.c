@@ -11,12 +11,19 @@
 #define KEPT_SHARE 4u /* of the staging memory: what writes under way leave, so that it can be used again at once */
 #define WRITING_BLOCKS 32u /* 2 MiB: enough to keep a disk busy, and what a hit's read may find before it in the disk's queue */
 
-static void want_space(tb_engine *e)
+/* Any thread. Once until the next EVICTED or commit; true if it was this once. */
+bool tb_need_space(tb_engine *e)
 {
-    if (TB_LOAD(&e->free_count) >= TB_LOAD(&e->low) || TB_LOAD(&e->need_space_told))
-        return;
-    __atomic_store_n(&e->need_space_told, 1, __ATOMIC_RELAXED);
+    if (TB_LOAD(&e->need_space_told) || __atomic_exchange_n(&e->need_space_told, 1, __ATOMIC_SEQ_CST))
+        return false;
     tb_say(e, (tb_record){.kind = TB_EV_NEED_SPACE, .value = TB_LOAD(&e->free_count)});
+    return true;
+}
+
+/* Any thread: a slot was taken. True: the event loop is to be woken. */
+bool tb_want_space(tb_engine *e)
+{
+    return TB_LOAD(&e->free_count) < TB_LOAD(&e->low) && !TB_LOAD(&e->vain) && tb_need_space(e);
 }
 
 /* Not cached, because there is no slot or the disk is no use at the moment: reads pass through (DESIGN 9). */
@@ -90,10 +97,10 @@ static bool write_alone(tb_engine *e)
 {
     tb_fill *fill = e->pending;
     uint32_t got;
-    if (!fill->slot) {
+    if (!fill->slot && !TB_LOAD(&e->needy_count)) { /* a write that waits for a slot comes first: whoever reads needs none */
         fill->slot = tb_slot_take_run(e, 1, &got);
         fill->new_slot = fill->slot != 0;
-        want_space(e);
+        tb_want_space(e);
     }
     if (!fill->slot)
         return false;
@@ -109,8 +116,10 @@ static bool write_first(tb_engine *e, uint32_t most)
 {
     if (!may_join(e->pending))
         return write_alone(e);
-    uint32_t got = 0, slot = tb_slot_take_run(e, neighbours(e->pending, most < TB_RUN_BLOCKS ? most : TB_RUN_BLOCKS), &got);
-    want_space(e);
+    uint32_t got = 0, slot = 0;
+    if (!TB_LOAD(&e->needy_count))
+        slot = tb_slot_take_run(e, neighbours(e->pending, most < TB_RUN_BLOCKS ? most : TB_RUN_BLOCKS), &got);
+    tb_want_space(e);
     if (!slot)
         return false;
     tb_fill *first = e->pending, *fill = first, *last = first;

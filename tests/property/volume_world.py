@@ -1,0 +1,396 @@
+"""A host, its daemon with one volume, and a model of both: for every sector, what a read may bring now, and
+what a power cut may leave.
+
+The model: `now` holds the values that a sector may have, one unless writes of it were under way together or
+failed; a read says which, for good. `cut` holds those that a power cut may leave: what the sector had when
+the last FLUSH was issued that completed, and all that was begun since (I2).
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from errno import ENOSPC
+from pathlib import Path
+
+from tests.cache_rig import layer_rows, read_superblock
+from tests.property.host import Host
+from tests.property.volume_daemon import TIMEOUT_S, VolumeDaemon
+from tierblk.cache.invariants import (
+    LayerRows,
+    SlotCounts,
+    check,
+    check_committed,
+    check_index,
+    check_session,
+)
+from tierblk.cache.start import StartMode
+from tierblk.core import BLOCK_BYTES, PAGE_BYTES
+from tierblk.errors import CacheError
+
+SECTOR = 512
+BASE_BYTES = 9 * BLOCK_BYTES + 3 * PAGE_BYTES + 5 * SECTOR
+DEVICE_BYTES = 13 * BLOCK_BYTES + 2 * PAGE_BYTES + 3 * SECTOR
+SECTORS = DEVICE_BYTES // SECTOR
+ORIGIN, ZERO = 0, -1
+_IMAGE = random.Random(11).randbytes(BASE_BYTES)
+
+
+@dataclass(frozen=True)
+class Op:
+    """kind: write, discard, zeroes, flush or read; at, count: sectors; flag: FUA."""
+
+    kind: str
+    at: int = 0
+    count: int = 0
+    flag: bool = False
+
+    @property
+    def sectors(self) -> range:
+        return range(self.at, min(self.at + self.count, SECTORS))
+
+
+def sector_bytes(value: int, sector: int, image: bytes) -> bytes:
+    if value > 0:
+        return struct.pack("<QQ", value, sector) * (SECTOR // 16)
+    if value == ORIGIN:
+        return image[sector * SECTOR : (sector + 1) * SECTOR].ljust(SECTOR, b"\0")
+    return bytes(SECTOR)
+
+
+def _begun(function, *arguments) -> Future:  # type: ignore[no-untyped-def, type-arg]
+    future: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="call", daemon=True).start()
+    return future
+
+
+class VolumeWorld:
+    """slots: of the cache, without the superblock's."""
+
+    def __init__(self, slots: int, *, has_base: bool) -> None:
+        self.slots = slots
+        self.image = _IMAGE if has_base else b""
+        self._path = Path(tempfile.mkdtemp(prefix="tierblk-test-"))
+        memory = Path("/dev/shm")
+        parent = memory if memory.is_dir() else self._path
+        self._memory = Path(tempfile.mkdtemp(prefix="tierblk-test-", dir=parent))
+        self.host = Host(self._path, self._memory)
+        self.now: list[set[int]] = [{ORIGIN} for _ in range(SECTORS)]
+        self.cut: list[set[int]] = [{ORIGIN} for _ in range(SECTORS)]
+        self.values = 0
+        self.commits_held = False
+        self.held: Future[object] | None = None
+        self.refused = False
+        self.full = 0
+        self.daemon = VolumeDaemon(self.host, slots + 1, self.image, DEVICE_BYTES)
+
+    def close(self) -> None:
+        try:
+            self.let_go()
+            self.daemon.hold(False)
+            self.verify()
+            self.check()
+            self.daemon.stop(clean=not self.refused)
+        except BaseException:
+            with suppress(Exception):
+                self.daemon.stop(clean=False)
+            raise
+        finally:
+            shutil.rmtree(self._path)
+            shutil.rmtree(self._memory, ignore_errors=True)
+
+    # -- operations ---
+
+    def together(self, ops: Sequence[Op], *, crash: bool = False) -> None:
+        """All at once. crash: they are left under way."""
+        values: dict[Op, int] = {}
+        floors = {op: [set(values) for values in self.now] for op in ops if op.kind == "flush"}
+        stats = self.daemon.door.stats()
+        snapshot = self.host.content("slots") if floors else b""
+        calls = []
+        for op in ops:
+            if op.kind in ("write", "discard", "zeroes"):
+                if op.kind == "write":
+                    self.values += 1
+                values[op] = value = self.values if op.kind == "write" else ZERO
+                for sector in self._changed(op):
+                    self.now[sector].add(value)
+                    self.cut[sector].add(value)
+            calls.append((op, _begun(self._do, op, values.get(op, 0))))
+        if crash:
+            return
+        self._wait(call for _, call in calls)
+        self._settle(calls, values)
+        bare = self.daemon.door.stats()["flush_commits"] == stats["flush_commits"] and self.held is None
+        if len(ops) == 1 and floors and calls[0][1].exception() is None:
+            self._flushed(floors[ops[0]])
+            if bare:
+                self.host.durable["slots"] = snapshot  # C has synced it, where no gate sees it
+        elif bare and any(op.flag for op in ops):  # as C has for FUA; nothing else is known to be durable
+            self.host.durable["slots"] = self.host.content("slots")
+
+    def _changed(self, op: Op) -> range:
+        """A DISCARD is of whole pages."""
+        if op.kind != "discard":
+            return op.sectors
+        per_page = PAGE_BYTES // SECTOR
+        stop = op.sectors.stop if op.sectors.stop == SECTORS else op.sectors.stop // per_page * per_page
+        return range(-(-op.at // per_page) * per_page, stop)
+
+    def _wait(self, calls: Iterable[Future[object]]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        left = set(calls)
+        while left:
+            _, left = wait(left, 0.05)
+            if left and self.held is not None and self.daemon.engine.stats()["needy"]:
+                self.let_go()  # a write waits for the slots that this commit will free
+            if left and time.monotonic() > deadline:
+                raise AssertionError(f"a hang: {self.daemon.engine.stats()} {self.daemon.door.stats()}")
+
+    def _settle(self, calls: list[tuple[Op, Future[object]]], values: dict[Op, int]) -> None:
+        self._look_refused()
+        written: dict[int, set[int]] = {}
+        for op, call in calls:
+            error = call.exception()
+            if op.kind == "read":
+                assert error is None, error
+                self._judge(op, call.result(), narrow=False)
+            elif error is not None:
+                assert isinstance(error, OSError), repr(error)
+                assert error.errno == ENOSPC or self.refused, f"{op}: {error!r}"
+                if error.errno == ENOSPC:
+                    self._is_full()
+            elif op.kind != "flush":
+                for sector in self._changed(op):
+                    written.setdefault(sector, set()).add(values[op])
+        failed = {
+            sector
+            for op, call in calls
+            if op in values and call.exception() is not None
+            for sector in self._changed(op)
+        }
+        for sector, fresh in written.items():
+            if sector not in failed:
+                self.now[sector] = set(fresh)
+        for op, call in calls:  # FUA: its own sectors are durable, or what others wrote over them
+            if op.kind in ("write", "zeroes") and op.flag and call.exception() is None:
+                for sector in self._changed(op):
+                    self.cut[sector] = set(self.now[sector])
+
+    def _do(self, op: Op, value: int) -> object:
+        door, at, length = self.daemon.door, op.at * SECTOR, len(op.sectors) * SECTOR
+        if op.kind == "write":
+            data = b"".join(sector_bytes(value, sector, self.image) for sector in op.sectors)
+            return door.write(at, data, fua=op.flag)
+        if op.kind == "discard":
+            return door.discard(at, length)
+        if op.kind == "zeroes":
+            return door.write_zeroes(at, length, fua=op.flag)
+        if op.kind == "flush":
+            return door.flush()
+        return door.read(at, length)
+
+    def _judge(self, op: Op, found: object, *, narrow: bool) -> None:
+        """I1. narrow: nothing else is under way, so what was read is what it is."""
+        assert isinstance(found, bytes)
+        for i, sector in enumerate(op.sectors):
+            data = found[i * SECTOR : (i + 1) * SECTOR]
+            fits = {value for value in self.now[sector] if sector_bytes(value, sector, self.image) == data}
+            if not fits:
+                raise AssertionError(
+                    f"I1: sector {sector} (block {sector // 128}, page {sector % 128 // 8}) may have "
+                    f"{sorted(self.now[sector])}, and has {data[:16].hex()}; {self._entry(sector // 128)}"
+                )
+            if narrow:
+                self.now[sector] = fits
+
+    def _entry(self, block: int) -> str:
+        found = [rows for rows in layer_rows(self.daemon.cache) if rows.kind != "base"]
+        return f"{found} {block}"[:300]
+
+    def _flushed(self, floor: list[set[int]]) -> None:
+        """I2: of what was complete when it was issued, nothing older can come back."""
+        self.cut = [set(values) for values in floor]
+
+    def _is_full(self) -> None:
+        """ENOSPC is right only when every slot holds what nobody else has."""
+        self.full += 1
+        stats = self.daemon.engine.stats()
+        dirty = sum(
+            1
+            for rows in layer_rows(self.daemon.cache)
+            if rows.kind != "base"
+            for entry in _entries(rows)
+            if entry.cached & entry.dirty
+        )
+        assert dirty + stats["bad"] + stats["free"] + stats["quarantined"] >= self.slots, (dirty, stats)
+
+    def read_behind(self, read: Op, write: Op) -> None:
+        """The read's fetches begin and wait; the write is through before they go on."""
+        if self.held is not None:
+            self.let_go()
+        self.daemon.hold(True)
+        before = [set(values) for values in self.now]
+        reading = _begun(self._do, read, 0)
+        self.together([write])
+        self.daemon.hold(False)
+        self._wait([reading])
+        after, self.now = self.now, [old | new for old, new in zip(before, self.now, strict=True)]
+        self._judge(read, reading.result(), narrow=False)
+        self.now = after
+
+    def flush_if_it_does_not_wait(self) -> None:
+        """While a commit is held a FLUSH waits for the next one; one that does not has made its promise."""
+        floor, snapshot = [set(values) for values in self.now], self.host.content("slots")
+        flush = _begun(self._do, Op("flush"), 0)
+        waits = self.daemon.door.stats()["flush_commits"]
+        while not flush.done() and self.daemon.door.stats()["flush_commits"] == waits:
+            if self.daemon.door.stats()["active"] and self.daemon.door.stats()["waiting"]:
+                return
+        if flush.done() and flush.exception() is None:
+            self.host.durable["slots"] = snapshot
+            self._flushed(floor)
+
+    def verify(self) -> None:
+        """Reads all of it."""
+        per_call = 700
+        for at in range(0, SECTORS, per_call):
+            op = Op("read", at, min(per_call, SECTORS - at))
+            call = _begun(self._do, op, 0)
+            self._wait([call])
+            self._judge(op, call.result(), narrow=True)
+
+    # -- commits ---
+
+    def commit(self, *, hold: str | None = None, failing: str | None = None) -> None:
+        if self.held is not None:
+            self.let_go()
+            return
+        cycle = self.daemon.begin_commit(hold, failing)
+        while hold and not cycle.done() and not self.daemon.gate.held.wait(0.001):
+            pass
+        if hold and not cycle.done():
+            self.held = cycle
+            return
+        self.daemon.gate.hold = None  # it had no rows to write
+        self._end(cycle, failing)
+
+    def let_go(self, failing: str | None = None) -> None:
+        if self.held is not None:
+            cycle, self.held = self.held, None
+            self.daemon.gate.let_go(failing)
+            self._end(cycle, failing)
+
+    def _end(self, cycle: Future[object], failing: str | None) -> None:
+        self._wait([cycle])
+        error = cycle.exception()
+        if error is not None:
+            assert isinstance(error, CacheError), repr(error)
+            assert failing or self.refused, error
+        else:
+            assert not self.refused, "R7: a failed sync is the last one of its session"
+        self._look_refused()
+
+    def _look_refused(self) -> None:
+        """A failure that was meant for one cycle may meet another that the daemon began by itself."""
+        self.refused |= self.daemon.cache.committer.refusal is not None
+
+    def evict(self) -> None:
+        """Everything that may go."""
+        from tierblk.core import EVICT, Record
+
+        self.daemon._on_loop(lambda: self.daemon.engine.push([Record(EVICT, value=self.slots)]))
+
+    # -- sessions ---
+
+    def stop(self) -> None:
+        self.let_go()
+        self.daemon.stop(clean=not self.refused)
+        if not self.refused:
+            self.cut = [set(values) for values in self.now]
+        self._begin(StartMode.WARM if self.refused else StartMode.CLEAN)
+
+    def crash(self, *, kill: bool, seed: int = 0, ops: Sequence[Op] = ()) -> None:
+        """Kill or power cut, in the middle of the operations; then a new daemon, and all of it read."""
+        dead = self.daemon
+        if ops:
+            if self.held is None:
+                dead.gate.hold = "rows taken"  # what is copied is of one instant: no cycle ends meanwhile
+            self.together(ops, crash=True)
+        old_directory, old_run_dir = self.host.directory, self.host.run_dir
+        rows = {layer_id: dict(kept) for layer_id, kept in self.host.rows.items()}
+        self.host.crash(kill=kill, seed=seed)
+        boot, durable = self.host.boot, self.host.durable
+        self.host.boot, self.host.durable = boot - 1, dict(durable)
+        try:
+            with suppress(CacheError):
+                dead.stop(clean=False)
+        finally:
+            self.host.boot, self.host.durable, self.host.rows = boot, durable, rows
+        self.held = None
+        for path in (old_directory, old_run_dir):
+            shutil.rmtree(path)
+        if not kill:
+            self.now = [set(values) for values in self.cut]
+        self._begin(StartMode.WARM if kill else StartMode.UNCLEAN)
+        if not kill:
+            self.cut = [set(values) for values in self.now]
+
+    def _begin(self, mode: StartMode) -> None:
+        self.refused = False
+        self.daemon = VolumeDaemon(self.host, self.slots + 1, self.image, DEVICE_BYTES)
+        self.host.rows = {
+            record.layer_id: dict(self.daemon.cache._index.rows(record.layer_id))
+            for record in self.daemon.cache._index.layers()
+        }
+        del mode
+        self.verify()
+
+    # -- what must hold ---
+
+    def check(self) -> None:
+        """Every invariant that rows, slots and counters can show, while no call is under way."""
+        daemon = self.daemon
+        daemon.quiet(cycle_held=self.held is not None)
+        live = layer_rows(daemon.cache)
+        kinds = {rows.layer_id: rows for rows in live}
+        index = [
+            LayerRows(layer_id, kinds[layer_id].kind, kinds[layer_id].size_bytes, rows)
+            for layer_id, rows in self.host.rows.items()
+            if layer_id in kinds
+        ]
+        found = check(live, self.slots + 1) + check(index, self.slots + 1)
+        stats = daemon.engine.stats()
+        held = SlotCounts(stats["free"], stats["quarantined"], stats["bad"])
+        if self.held is None:
+            found += check_index(index, live, held)
+            found += daemon.check()
+            if not any(layer.changed() for layer in daemon.engine.layers.values()):
+                found += check_committed(index, live)
+        meta = daemon.cache._index.meta()
+        found += check_session(read_superblock(self.host.directory), meta.session, meta.clean, running=True)
+        assert not found, "\n".join(map(str, found))
+        door = daemon.door.stats()
+        assert (door["active"], door["waiting"]) == (0, 0), f"I11: {door}"
+
+
+def _entries(rows: LayerRows):  # type: ignore[no-untyped-def]
+    from tierblk.cache.rows import entries_of
+
+    for packed in rows.rows.values():
+        yield from entries_of(packed)

@@ -1,0 +1,307 @@
+/* A write, from look-up to completion: whole pages go straight into the slot of their block in the volume, and only their mask
+ * bits are set. It never waits for the network; a page that is written in part is read first, from wherever it is (DESIGN 5).
+ * All of it runs in the queue's own thread.
+ *
+ * The bytes of a request that begins or ends inside a page lie in the tag's buffer as they will in the slot, from the begin of
+ * their first page on; others lie where the door has them. */
+#define _GNU_SOURCE
+#include "core.h"
+
+static tb_stripe_state *stripe_of(const tb_req *req)
+{
+    return tb_stripe_of(req->queue->volume, req->block);
+}
+
+static bool of_one_block(const tb_req *one, const tb_req *other)
+{
+    return one->block == other->block && one->queue->volume == other->queue->volume;
+}
+
+static uint16_t touched(const tb_req *req)
+{
+    return tb_pages_of(req->offset, req->length);
+}
+
+/* Pages that the request covers from end to end. The tail page of a device that ends inside it is never one. */
+static uint16_t whole(const tb_req *req)
+{
+    uint32_t first = (req->offset + TB_PAGE_BYTES - 1) / TB_PAGE_BYTES, stop = (req->offset + req->length) / TB_PAGE_BYTES;
+    return first < stop ? (uint16_t)((1u << stop) - (1u << first)) : 0;
+}
+
+/* Under the stripe lock (R4): whether the request has to wait before it changes these pages of its block, of which it wants
+ * `own` to itself. If so it comes back when the other has ended. Whole-page writes of one page may be under way together. */
+bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own)
+{
+    tb_stripe_state *stripe = stripe_of(req);
+    for (tb_req *other = stripe->writing; other; other = other->next_writing)
+        if (other != req && (other->owns & pages || other->writes & own) && of_one_block(other, req)) {
+            TB_ADD(&req->queue->stats.waiting, 1);
+            req->next = stripe->waiting;
+            stripe->waiting = req;
+            return true;
+        }
+    return false;
+}
+
+/* Under the stripe lock. */
+static void enlist(tb_req *req, uint16_t pages, uint16_t own)
+{
+    tb_stripe_state *stripe = stripe_of(req);
+    req->owns = own;
+    req->writes = pages;
+    req->next_writing = stripe->writing;
+    req->writing_link = &stripe->writing;
+    if (stripe->writing)
+        stripe->writing->writing_link = &req->next_writing;
+    stripe->writing = req;
+}
+
+/* Under the stripe lock: it changes nothing any more. Returns those who waited in its block, to be handed back without the
+ * lock. */
+static tb_req *delist(tb_req *req)
+{
+    if (!req->writes)
+        return NULL;
+    *req->writing_link = req->next_writing;
+    if (req->next_writing)
+        req->next_writing->writing_link = req->writing_link;
+    req->writes = req->owns = 0;
+    tb_req **link = &stripe_of(req)->waiting, *awake = NULL;
+    while (*link) {
+        tb_req *waiter = *link;
+        if (!of_one_block(waiter, req)) {
+            link = &waiter->next;
+            continue;
+        }
+        *link = waiter->next;
+        waiter->next = awake; /* a stack over a stack: the first come is the first */
+        awake = waiter;
+    }
+    return awake;
+}
+
+static void end(tb_req *req, int result)
+{
+    tb_lock *lock = &stripe_of(req)->lock;
+    tb_lock_take(lock);
+    tb_req *awake = delist(req);
+    tb_lock_give(lock);
+    tb_hand_back_all(awake, 0);
+    req->result = result;
+    if (req->op == TB_OP_ZEROES && result == 0) /* this was one of its edges */
+        tb_clear_go(req);
+    else if (req->fua && result == 0)
+        tb_sync(req); /* R7: a FLUSH that begins after the write */
+    else
+        tb_finish(req);
+}
+
+/* The request's bytes into the tag's buffer, where they are not there: they stay in the request's own pages on plane zero-copy. */
+static void fetch_data(tb_req *req)
+{
+    struct io_uring_sqe *sqe = tb_sqe(&req->queue->ring);
+    io_uring_prep_read(sqe, 1, req->buffer + req->offset % TB_PAGE_BYTES, req->length, tb_copy_pos(req));
+    sqe->flags |= IOSQE_FIXED_FILE;
+    sqe->user_data = tb_ud(req, UD_DATA, req->length);
+    TB_COUNT(&req->queue->stats.bounced, 1);
+}
+
+static void submit(tb_req *req)
+{
+    uint32_t start = req->offset / TB_PAGE_BYTES * TB_PAGE_BYTES;
+    uint32_t length = (uint32_t)tb_round_up(req->offset + req->length, TB_PAGE_BYTES) - start;
+    struct io_uring_sqe *sqe = tb_sqe(&req->queue->ring);
+    uint64_t at = (uint64_t)req->slot * TB_BLOCK_BYTES + start;
+    if (req->direct)
+        io_uring_prep_write_fixed(sqe, 0, NULL, length, at, req->tag);
+    else
+        io_uring_prep_write(sqe, 0, req->buffer, length, at);
+    sqe->flags |= IOSQE_FIXED_FILE;
+    sqe->user_data = tb_ud(req, UD_WRITE, length);
+}
+
+void tb_data_done(tb_req *req, int result, uint32_t expected)
+{
+    req->direct = 0;
+    if (result == (int)expected) {
+        if (req->slot)
+            submit(req);
+        else
+            tb_write_lookup(req);
+    } else if (req->slot) /* the driver took the request back; what is in the slot is what was there */
+        tb_volume_write_done(req, -EIO, 0);
+    else
+        end(req, -EIO);
+}
+
+/* A WRITE has come; block, offset, length; its data is in the tag's buffer from `buffer` on, or in its own pages. */
+void tb_write_begin(tb_req *req)
+{
+    uint32_t skew = req->offset % TB_PAGE_BYTES;
+    bool in_part = skew || (req->offset + req->length) % TB_PAGE_BYTES;
+    req->phase = AT_WRITE;
+    if (in_part)
+        TB_COUNT(&req->queue->stats.partial_writes, 1);
+    if (req->queue->copy_fd >= 0 && (in_part || !req->direct)) {
+        fetch_data(req);
+        return;
+    }
+    if (skew)
+        memmove(req->buffer + skew, req->buffer, req->length);
+    tb_write_lookup(req);
+}
+
+/* What the pages hold that are written in part. They are the request's own until it ends, so nobody changes them. */
+static void read_old(tb_req *req)
+{
+    req->phase = AT_OLD;
+    req->asked_offset = req->offset;
+    req->asked_length = req->length;
+    req->offset = 0;
+    req->length = TB_BLOCK_BYTES;
+    req->data = req->queue->olds + (size_t)req->tag * TB_BLOCK_BYTES;
+    req->need = req->owns;
+    tb_serve(req);
+}
+
+void tb_old_read(tb_req *req)
+{
+    const uint8_t *old = req->queue->olds + (size_t)req->tag * TB_BLOCK_BYTES;
+    req->phase = AT_WRITE;
+    req->offset = req->asked_offset;
+    req->length = req->asked_length;
+    req->slot_failed = req->tries = 0;
+    if (req->result < 0) {
+        end(req, req->result);
+        return;
+    }
+    uint32_t skew = req->offset % TB_PAGE_BYTES, stop = req->offset + req->length, rest = (uint32_t)tb_round_up(stop, TB_PAGE_BYTES) - stop;
+    memcpy(req->buffer, old + req->offset - skew, skew);
+    memcpy(req->buffer + skew + req->length, old + stop, rest);
+    tb_write_lookup(req);
+}
+
+/* Under the stripe lock, which it gives back. */
+static void wait_for_space(tb_req *req, tb_lock *stripe)
+{
+    tb_engine *e = req->queue->engine;
+    bool drains = __atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST);
+    if (!drains)
+        tb_needy_push(e, req);
+    tb_lock_give(stripe);
+    if (drains) {
+        end(req, -EIO);
+        return;
+    }
+    TB_COUNT(&req->queue->stats.space_waits, 1);
+    if (TB_LOAD(&e->free_count)) /* freed since it looked: whoever freed them may have woken nobody */
+        tb_needy_wake(e, NULL, 0);
+    else if (tb_need_space(e))
+        tb_ring_kick(&e->events);
+}
+
+/* Looked up anew each time that it was woken: for its pages, its slot, and then the write. */
+void tb_write_lookup(tb_req *req)
+{
+    tb_queue *queue = req->queue;
+    tb_layer *volume = queue->volume;
+    if (req->result < 0) {
+        end(req, req->result);
+        return;
+    }
+    int rc = tb_map_prepare(volume, req->block);
+    if (rc) {
+        end(req, rc);
+        return;
+    }
+    uint16_t pages = touched(req), in_part = pages & (uint16_t)~whole(req);
+    tb_lock *stripe = &stripe_of(req)->lock;
+    tb_lock_take(stripe);
+    if (!req->writes) {
+        if (tb_wait_for_writes(req, pages, in_part)) {
+            tb_lock_give(stripe);
+            return;
+        }
+        enlist(req, pages, in_part);
+        if (in_part) {
+            tb_lock_give(stripe);
+            read_old(req);
+            return;
+        }
+    }
+    tb_entry *entry = &volume->entries[req->block];
+    tb_head head = entry->head;
+    if (!head.slot) { /* R2: without a slot nothing is in flight on it */
+        head.slot = tb_slot_take_for_write(queue->engine);
+        if (!head.slot) {
+            wait_for_space(req, stripe);
+            return;
+        }
+        tb_slot_own(queue->engine, head.slot, volume, req->block);
+    }
+    /* R3: dirty when it is submitted, since the page may be half of what it was from then on. */
+    req->clean = pages & head.cached & (uint16_t)~head.dirty;
+    head.dirty |= req->clean;
+    entry->writers++;
+    tb_entry_store(entry, head);
+    if (req->clean)
+        tb_map_mark(volume, req->block);
+    req->slot = head.slot;
+    tb_lock_give(stripe);
+    if (tb_want_space(queue->engine))
+        tb_ring_kick(&queue->engine->events);
+    submit(req);
+}
+
+/* The masks of a write that has ended, under the stripe lock; true: its row has changed. */
+static bool settle(tb_layer *volume, tb_head *head, uint16_t pages, uint16_t clean, bool ok)
+{
+    tb_head before = *head;
+    if (ok) {
+        head->present |= pages;
+        head->cached |= pages;
+        head->dirty |= pages;
+        head->zero &= (uint16_t)~pages;
+    } else { /* R3: of a clean page nobody knows what is in the slot now, and somebody else has it */
+        head->cached &= (uint16_t)~clean;
+        head->dirty &= (uint16_t)~clean;
+    }
+    TB_ADD(&volume->cached_pages, (uint64_t)__builtin_popcount(head->cached) - (uint64_t)__builtin_popcount(before.cached));
+    return memcmp(&before, head, sizeof before) != 0;
+}
+
+void tb_volume_write_done(tb_req *req, int result, uint32_t expected)
+{
+    tb_queue *queue = req->queue;
+    tb_layer *volume = queue->volume;
+    bool ok = result == (int)expected && expected;
+    if (!ok && req->tries < 4) {
+        req->tries++;
+        if (result == -EAGAIN || result == -EINTR) {
+            submit(req);
+            return;
+        }
+        if (req->direct && (result == -EINVAL || result == -EFAULT)) { /* the disk cannot reach memory that lies like this */
+            fetch_data(req);
+            return;
+        }
+    }
+    tb_lock *stripe = &stripe_of(req)->lock;
+    tb_lock_take(stripe);
+    tb_entry *entry = &volume->entries[req->block];
+    tb_head head = entry->head;
+    bool changed = settle(volume, &head, touched(req), req->clean, ok);
+    entry->writers--;
+    uint32_t dropped = tb_entry_drop_slot(entry, &head);
+    tb_entry_store(entry, head);
+    if (changed)
+        tb_map_mark(volume, req->block);
+    if (dropped)
+        tb_slot_quarantine(queue->engine, dropped);
+    tb_lock_give(stripe);
+    req->slot = 0;
+    if (!ok)
+        TB_COUNT(&queue->stats.slot_errors, 1);
+    end(req, ok ? 0 : result < 0 ? result : -EIO);
+}
