@@ -66,7 +66,7 @@ async def tier(settings: config.Config, run_dir: Path) -> AsyncIterator[Tier]:
     loop = asyncio.get_running_loop()
     engine_of = partial(Engine, staging_bytes=settings.remote.staging)
     cache = await asyncio.to_thread(Cache.open, settings.cache, run_dir, engine_of)
-    source = await open_source(settings.base.url, settings.remote)
+    source = await open_source(settings.url, settings.remote)
     identity = source.identity
     layer = await cache.base_layer(identity.url, identity.size_bytes, identity.validator)
     fetcher = Fetcher(source, settings.remote)

@@ -347,9 +347,8 @@ def _refuse_another(known: LayerRecord, wanted: LayerRecord) -> None:
     if known.size_bytes != wanted.size_bytes:
         raise CacheError(f"{what} it has {has}, not {wants}", f'volume.size = "{has}" shows it')
     if known.base != wanted.base:
-        lies_over = address.shown(known.url) if known.url else "no base"
         raise CacheError(
-            f"{what} it lies over {lies_over}, or another version of it",
+            f"{what} it lies over {known.shown_base}, or another version of it",
             "what was written means nothing without what is below it: choose another device.name",
         )
 

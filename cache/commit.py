@@ -83,7 +83,7 @@ class Committer:
     def refusal(self) -> str | None:
         """Why no commit is tried any more; None while they are. A sync that failed in C counts (R7): the
         kernel said so there, and would not say it again here."""
-        if self._refusal is None and self._engine.flushes_failed():
+        if self._refusal is None and not self._stopped and self._engine.flushes_failed():
             self._refusal = _UNSYNCED.format("a FLUSH could not be made durable")
         return self._refusal or self._index.broken
 

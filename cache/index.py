@@ -95,6 +95,11 @@ class LayerRecord:
         return f"the volume {self.name}" if self.is_volume else address.shown(self.url)
 
     @property
+    def shown_base(self) -> str:
+        """What a volume lies over, for people."""
+        return address.shown(self.url) if self.url else "no base"
+
+    @property
     def base(self) -> tuple[str, int, str] | None:
         """(url, size_bytes, validator) of the base under a volume."""
         return (self.url, self.base_size_bytes, self.validator) if self.is_volume and self.url else None

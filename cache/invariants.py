@@ -217,7 +217,7 @@ def _check_masks(layer: LayerRows, block: int, entry: Entry) -> Iterator[Violati
         yield violation("I3", f"pages of a base, which nobody writes, are dirty: {entry.dirty:#06x}")
     if layer.kind == "base" and entry.present & ~entry.dirty:
         yield violation("R9", f"pages of a base, which nobody writes, are present: {entry.present:#06x}")
-    if layer.kind == "base" and entry.slot and not entry.cached:
+    if entry.slot and not entry.cached:
         yield violation("R2", f"slot {entry.slot} is held by a block of which nothing is cached")
 
 

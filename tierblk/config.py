@@ -7,16 +7,14 @@ A setting has one name everywhere: `remote.read_timeout` is the key, the attribu
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -30,208 +28,23 @@ from pydantic import (
     field_validator,
 )
 
-from tierblk import address
+from tierblk import address, values
 from tierblk.errors import ConfigError
 from tierblk.extent import BLOCK_BYTES
-from tierblk.units import GIB, KIB, MIB, TIB, format_duration, format_exact_size, parse_duration, parse_size
-
-FILE_BYTES_MAX = 1 * MIB
-NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,31}"
-
-# What every request carries by itself; a second one would break the checks that rest on it.
-OWN_HEADERS = frozenset(
-    {
-        "accept-encoding",
-        "connection",
-        "content-length",
-        "host",
-        "if-match",
-        "if-range",
-        "if-unmodified-since",
-        "range",
-        "transfer-encoding",
-    }
+from tierblk.units import (
+    GIB,
+    KIB,
+    MIB,
+    PIB,
+    TIB,
+    format_duration,
+    format_exact_size,
 )
 
-
-def _range(value: Any, least: Any, most: Any, show: Callable[[Any], str]) -> None:
-    if value < least:
-        raise ValueError(f"must be at least {show(least)}, is {show(value)}")
-    if value > most:
-        raise ValueError(f"must be at most {show(most)}, is {show(value)}")
-
-
-def _shown(value: object) -> str:
-    """A TOML value as an error shows it: what it is and of what type, short."""
-    kinds = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a float",
-        str: "a string",
-        list: "an array",
-        dict: "a table",
-    }
-    kind = kinds.get(type(value), f"a {type(value).__name__}")
-    return kind if isinstance(value, list | dict) else f"{_quoted(value)} ({kind})"
-
-
-def _quoted(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    # JSON's escapes keep a message on one line, whatever the value holds.
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _size(least: int, most: int, multiple: int = 1) -> BeforeValidator:
-    def check(value: object) -> int:
-        size_bytes = parse_size(value)  # type: ignore[arg-type]  # says itself what is no size
-        _range(size_bytes, least, most, format_exact_size)
-        if size_bytes % multiple:
-            raise ValueError(
-                f"must be a multiple of {format_exact_size(multiple)}, is {format_exact_size(size_bytes)}"
-            )
-        return size_bytes
-
-    return BeforeValidator(check)
-
-
-def _duration(least: float, most: float) -> BeforeValidator:
-    def check(value: object) -> float:
-        seconds = parse_duration(value)  # type: ignore[arg-type]  # says itself what is no duration
-        _range(seconds, least, most, format_duration)
-        return seconds
-
-    return BeforeValidator(check)
-
-
-def _patience(value: object) -> float:
-    """How long a read may wait for the remote, in seconds: "wait" is for ever, "fail" as long as the
-    retries."""
-    if isinstance(value, str):
-        if value == "wait":
-            return math.inf
-        if value == "fail":
-            return 0.0
-        if value.startswith("wait "):
-            seconds = parse_duration(value.removeprefix("wait ").strip())
-            _range(seconds, 1.0, 86400.0, format_duration)
-            return seconds
-    raise ValueError(f'must be "wait", "wait" and a duration ("wait 30s") or "fail", is {_shown(value)}')
-
-
-def show_patience(patience_s: float) -> str:
-    """A patience as the config file writes it."""
-    if math.isinf(patience_s):
-        return "wait"
-    return f"wait {patience_s!r}s" if patience_s else "fail"
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, is {_shown(value)}")
-    return value
-
-
-def _integer(least: int, most: int) -> BeforeValidator:
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"must be an integer, is {_shown(value)}")
-        _range(value, least, most, str)
-        return value
-
-    return BeforeValidator(check)
-
-
-@BeforeValidator
-def _queues(value: object) -> int | str:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f'must be "auto" or an integer, is {_shown(value)}')
-    _range(value, 1, 64, str)
-    return value
-
-
-def _percent(least: float, most: float) -> BeforeValidator:
-    def check(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"must be a number, is {_shown(value)}")
-        if not least <= value <= most:  # also catches nan
-            raise ValueError(f"must be from {least:g} to {most:g} percent, is {value:g}")
-        return float(value)
-
-    return BeforeValidator(check)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be a string, is {_shown(value)}")
-    return value
-
-
-def _name(value: object) -> str:
-    text = _text(value)
-    if not re.fullmatch(NAME_PATTERN, text):
-        raise ValueError(
-            "must be 1 to 32 of a-z, 0-9, dot, underscore and dash, beginning with a letter or a digit, "
-            f"is {_quoted(text)}"
-        )
-    return text
-
-
-def _absolute_path(value: object) -> Path:
-    text = _text(value)
-    if not text.startswith("/") or "\0" in text:
-        raise ValueError(f"must be an absolute path, is {_quoted(text)}")
-    return Path(text)
-
-
-def _url(value: object) -> str:
-    text = _text(value)
-    shown = _quoted(address.shown(text))
-    if re.search(r"[\x00-\x20\x7f]", text):
-        raise ValueError(f"must have no spaces or control characters (write %20 for a space), is {shown}")
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"is not a URL ({error}): {shown}") from None
-    if parts.scheme not in ("http", "https", "file"):
-        raise ValueError(f"must begin with http://, https:// or file://, is {shown}")
-    if parts.fragment:
-        raise ValueError(f"must not have a fragment (#{parts.fragment[:20]})")
-    if parts.scheme == "file":
-        if host not in (None, "localhost") or port is not None or not parts.path.startswith("/"):
-            raise ValueError(f"must be file:// and an absolute path (file:///srv/disk.raw), is {shown}")
-        return text
-    if not host:
-        raise ValueError(f"must name a host, is {shown}")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError(
-            "must not hold a user or password, which status and logs would show; "
-            "put an Authorization line into [remote.headers]"
-        )
-    return text
-
-
-def _headers(value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"must be a table of strings, is {_shown(value)}")
-    for name, text in value.items():
-        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-            raise ValueError(f"{_quoted(name)} is not the name of an HTTP header")
-        if name.lower() in OWN_HEADERS:
-            raise ValueError(f"{name} is set by tierblk itself")
-        # The text may be a secret, so the message does not repeat it.
-        if not isinstance(text, str) or not re.fullmatch(r"[\t\x20-\x7e]*", text):
-            raise ValueError(f"the text of {name} must be a string of printable ASCII")
-    return dict(value)
-
-
+FILE_BYTES_MAX = 1 * MIB
 # repr of a float is exact, so that the daemon reads back what the command line read.
 Seconds = Annotated[float, PlainSerializer(lambda seconds: f"{seconds!r}s")]
-Patience = Annotated[float, BeforeValidator(_patience), PlainSerializer(show_patience)]
+Patience = Annotated[float, BeforeValidator(values.patience), PlainSerializer(values.show_patience)]
 
 
 class Settings(BaseModel):
@@ -243,30 +56,37 @@ class Settings(BaseModel):
 class DeviceSettings(Settings):
     """[device]: one block device."""
 
-    name: Annotated[str, BeforeValidator(_name)]
+    name: Annotated[str, BeforeValidator(values.name)]
     plane: Literal["auto", "copy", "zero-copy"] = "auto"
-    queues: Annotated[int | Literal["auto"], _queues] = "auto"
-    queue_depth: Annotated[int, _integer(1, 1024)] = 64
-    hot_memory: Annotated[int, _size(0, 64 * GIB, 8 * BLOCK_BYTES)] = 0
+    queues: Annotated[int | Literal["auto"], values.queues] = "auto"
+    queue_depth: Annotated[int, values.integer(1, 1024)] = 64
+    hot_memory: Annotated[int, values.size(0, 64 * GIB, 8 * BLOCK_BYTES)] = 0
     on_outage: Patience = math.inf
-    recovery: Annotated[bool, BeforeValidator(_boolean)] = True
+    recovery: Annotated[bool, BeforeValidator(values.boolean)] = True
 
 
 class BaseSettings(Settings):
     """[base]: where the image is."""
 
-    url: Annotated[str, BeforeValidator(_url)]
+    url: Annotated[str, BeforeValidator(values.url)]
     format: Literal["raw"] = "raw"
+
+
+class VolumeSettings(Settings):
+    """[volume]: what is written to the device, over the image or over nothing."""
+
+    mode: Literal["scratch", "local"]
+    size: Annotated[int | None, values.size(1 * MIB, 8 * PIB, 512)] = None
 
 
 class CacheSettings(Settings):
     """[cache]: the local tier. Belongs to the directory: all configs that name it must agree."""
 
-    dir: Annotated[Path, BeforeValidator(_absolute_path)]
-    size: Annotated[int, _size(16 * MIB, 128 * TIB)]
-    free_low_percent: Annotated[float, _percent(0.1, 50)] = 2.0
-    free_high_percent: Annotated[float, _percent(0.1, 50)] = Field(default=4.0, validate_default=True)
-    commit_interval: Annotated[Seconds, _duration(0.1, 600)] = 5.0
+    dir: Annotated[Path, BeforeValidator(values.absolute_path)]
+    size: Annotated[int, values.size(16 * MIB, 128 * TIB)]
+    free_low_percent: Annotated[float, values.percent(0.1, 50)] = 2.0
+    free_high_percent: Annotated[float, values.percent(0.1, 50)] = Field(default=4.0, validate_default=True)
+    commit_interval: Annotated[Seconds, values.duration(0.1, 600)] = 5.0
 
     @field_validator("free_high_percent")
     @classmethod
@@ -280,21 +100,21 @@ class CacheSettings(Settings):
 class RemoteSettings(Settings):
     """[remote]: how the image is fetched."""
 
-    max_requests: Annotated[int, _integer(1, 256)] = 32
-    max_window: Annotated[int, _size(64 * KIB, 8 * MIB, BLOCK_BYTES)] = 8 * MIB
-    staging: Annotated[int, _size(1 * MIB, 4 * GIB, BLOCK_BYTES)] = Field(
+    max_requests: Annotated[int, values.integer(1, 256)] = 32
+    max_window: Annotated[int, values.size(64 * KIB, 8 * MIB, BLOCK_BYTES)] = 8 * MIB
+    staging: Annotated[int, values.size(1 * MIB, 4 * GIB, BLOCK_BYTES)] = Field(
         default=32 * MIB, validate_default=True
     )
-    connect_timeout: Annotated[Seconds, _duration(0.1, 600)] = 10.0
-    read_timeout: Annotated[Seconds, _duration(0.1, 3600)] = 30.0
-    retries: Annotated[int, _integer(0, 100)] = 3
-    retry_delay: Annotated[Seconds, _duration(0.001, 60)] = 0.2
-    readahead: Annotated[bool, BeforeValidator(_boolean)] = True
-    hedge_percent: Annotated[float, _percent(0, 10)] = 2.0
-    max_bandwidth: Annotated[int | None, _size(64 * KIB, 1 * TIB)] = None
-    max_request_rate: Annotated[int | None, _integer(1, 1_000_000)] = None
-    ca_file: Annotated[Path | None, BeforeValidator(_absolute_path)] = None
-    headers: Annotated[dict[str, str], BeforeValidator(_headers)] = Field(default_factory=dict)
+    connect_timeout: Annotated[Seconds, values.duration(0.1, 600)] = 10.0
+    read_timeout: Annotated[Seconds, values.duration(0.1, 3600)] = 30.0
+    retries: Annotated[int, values.integer(0, 100)] = 3
+    retry_delay: Annotated[Seconds, values.duration(0.001, 60)] = 0.2
+    readahead: Annotated[bool, BeforeValidator(values.boolean)] = True
+    hedge_percent: Annotated[float, values.percent(0, 10)] = 2.0
+    max_bandwidth: Annotated[int | None, values.size(64 * KIB, 1 * TIB)] = None
+    max_request_rate: Annotated[int | None, values.integer(1, 1_000_000)] = None
+    ca_file: Annotated[Path | None, BeforeValidator(values.absolute_path)] = None
+    headers: Annotated[dict[str, str], BeforeValidator(values.headers)] = Field(default_factory=dict)
 
     @field_validator("staging")
     @classmethod
@@ -310,19 +130,30 @@ class RemoteSettings(Settings):
 class DaemonSettings(Settings):
     """[daemon]: the process that serves a cache directory; the file that it was started with counts."""
 
-    watchdog: Annotated[Seconds, _duration(0, 3600)] = 60.0
+    watchdog: Annotated[Seconds, values.duration(0, 3600)] = 60.0
 
 
 class Config(Settings):
     """One config file: one device, its image, its cache and how it is fetched."""
 
     device: DeviceSettings
-    base: BaseSettings
+    base: BaseSettings | None = None
+    volume: VolumeSettings | None = None
     cache: CacheSettings
     remote: RemoteSettings = Field(default_factory=RemoteSettings)
     daemon: DaemonSettings = Field(default_factory=DaemonSettings)
 
     _path: Path = PrivateAttr(default=Path("/"))
+
+    @property
+    def url(self) -> str:
+        """Where the image is; empty without one."""
+        return self.base.url if self.base else ""
+
+    @property
+    def shown_base(self) -> str:
+        """The same for people, without what is secret in it."""
+        return address.shown(self.base.url) if self.base else "nothing"
 
     @property
     def path(self) -> Path:
@@ -350,14 +181,16 @@ def load(path: str | os.PathLike[str]) -> Config:
 
 def parse(document: Mapping[str, Any], path: Path) -> Config:
     """The settings of a TOML document that is already read; path is what messages call it. ConfigError."""
+    faults = set(_nothing_to_show(document))
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        faults = sorted(set(_faults(error)))
-        if len(faults) == 1:
-            raise ConfigError(f"{path}: {faults[0]}") from None
-        lines = "".join(f"\n  {fault}" for fault in faults)
-        raise ConfigError(f"{path} has {len(faults)} errors:{lines}") from None
+        faults.update(_faults(error))
+    if len(faults) == 1:
+        raise ConfigError(f"{path}: {faults.pop()}")
+    if faults:
+        lines = "".join(f"\n  {fault}" for fault in sorted(faults))
+        raise ConfigError(f"{path} has {len(faults)} errors:{lines}")
     config._path = path
     return config
 
@@ -425,9 +258,9 @@ def _faults(error: ValidationError) -> Iterable[str]:
             case "extra_forbidden":
                 yield _unknown(key, fault["loc"])
             case "model_type" | "model_attributes_type":
-                yield f"{key}: must be a table ([{key}]), is {_shown(value)}"
+                yield f"{key}: must be a table ([{key}]), is {values.shown(value)}"
             case "literal_error":
-                yield f"{key}: must be {_one_of(fault['loc'])}, is {_quoted(value)}"
+                yield f"{key}: must be {_one_of(fault['loc'])}, is {values.quoted(value)}"
             case "value_error":
                 yield f"{key}: {fault['ctx']['error']}"
             case _:
@@ -437,14 +270,26 @@ def _faults(error: ValidationError) -> Iterable[str]:
 def _key(loc: Iterable[int | str]) -> str:
     """A key as TOML would write it."""
     parts = (str(part) for part in loc)
-    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", part) else _quoted(part) for part in parts)
+    return ".".join(
+        part if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", part) else values.quoted(part) for part in parts
+    )
+
+
+def _nothing_to_show(document: Mapping[str, Any]) -> Iterable[str]:
+    """A device has an image, or a volume whose size is known without one."""
+    volume = document.get("volume")
+    if "base" not in document and volume is None:
+        yield "base.url: is required"
+    elif "base" not in document and isinstance(volume, dict) and "size" not in volume:
+        yield "volume.size: is required, since there is no [base] whose size it could be"
 
 
 def _model(loc: Iterable[int | str]) -> type[BaseModel]:
     """The table that a key is in."""
     model: type[BaseModel] = Config
     for part in loc:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        kind: Any = model.model_fields[str(part)].annotation
+        model = next((one for one in get_args(kind) if one is not type(None)), kind)  # of "table or none"
     return model
 
 

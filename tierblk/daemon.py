@@ -29,11 +29,12 @@ from tierblk.device import Device, Home
 from tierblk.driver import driver_error, stamp_of
 from tierblk.errors import CacheError, DaemonError, DeviceError, TierblkError
 from tierblk.fill import Fills
-from tierblk.layer import Base
+from tierblk.layer import Stack
 from tierblk.ready import Ready
 from tierblk.records import DeviceRecord
 from tierblk.remote import RawImage, open_source
 from tierblk.rundir import run_root
+from tierblk.stacks import Stacks
 from tierblk.takeover import TakeOver
 from tierblk.upkeep import Upkeep
 
@@ -60,7 +61,7 @@ class Daemon:
         self._executor = ThreadPoolExecutor(_CONTROL_THREADS, "tierblk-control")
         self._cache: Cache | None = None
         self._fills: Fills | None = None
-        self._bases: Bases | None = None
+        self._stacks: Stacks | None = None
         self._home: Home | None = None
         self._devices: dict[str, Device] = {}
         self._takeovers: dict[str, TakeOver] = {}
@@ -85,10 +86,11 @@ class Daemon:
         self._cache = cache = await self._run(Cache.open, settings, run_root(), engine_of)
         engine = cache.engine
         # Fills looks bases up in by_layer, and Bases ends fetches of Fills.
-        self._bases = Bases(cache, self._executor, self._end_fetches)
+        bases = Bases(cache, self._end_fetches)
+        self._stacks = Stacks(cache, bases, self._executor)
         remote = self._config.remote
         self._fills = Fills(
-            engine, self._bases.by_layer, remote.max_window // BLOCK_BYTES, readahead=remote.readahead
+            engine, bases.by_layer, remote.max_window // BLOCK_BYTES, readahead=remote.readahead
         )
         self._home = Home(engine, self._executor, stamp_of(cache.uuid.bytes), cache.run_dir)
         self._upkeep = Upkeep(cache, self._fills, self._config)
@@ -120,7 +122,9 @@ class Daemon:
             await self._run(ublk.features)
         except OSError as error:
             raise driver_error(error) from None
-        source = await open_source(self._config.base.url, self._config.remote)
+        if not self._config.url:
+            return
+        source = await open_source(self._config.url, self._config.remote)
         try:
             RawImage(source)
         finally:
@@ -235,7 +239,7 @@ class Daemon:
         return self._names.setdefault(name, asyncio.Lock())
 
     async def _attach(self, config: Config) -> dict[str, Any]:
-        assert self._bases is not None
+        assert self._stacks is not None
         name = config.device.name
         async with self._only_one(name):
             if (waiting := self._takeovers.get(name)) is not None:
@@ -245,25 +249,25 @@ class Daemon:
                     raise DeviceError(f"{name} could not be taken over: {waiting.reason}", hint)
             if name in self._devices:
                 return self._there_already(self._devices[name], config)
-            base = await self._bases.open(config, name)
+            stack = await self._stacks.open(config, name)
             try:
-                warning = await self._bases.partition_warning(base)
-                return await self._make(config, base, warning)
+                warning = await self._stacks.partition_warning(stack)
+                return await self._make(config, stack, warning)
             except BaseException:
-                await self._bases.release(base, name)
+                await self._stacks.release(stack, name)
                 raise
 
     async def _make(
-        self, config: Config, base: Base, warning: str | None, dev_id: int | None = None
+        self, config: Config, stack: Stack, warning: str | None, dev_id: int | None = None
     ) -> dict[str, Any]:
         assert self._home is not None
-        device = Device(config, base, self._home)
+        device = Device(config, stack, self._home)
         if warning:
             device.warnings.append(warning)
             log.warning("%s: %s", device.name, warning)
         await device.start(self._on_device_end, dev_id=dev_id)
         self._devices[device.name] = device
-        log.info("%s is %s: %s", device.name, device.path, base.image.identity.shown)
+        log.info("%s is %s: %s", device.name, device.path, stack.shown)
         return self._shown(device)
 
     def _there_already(self, device: Device, config: Config) -> dict[str, Any]:
@@ -314,15 +318,15 @@ class Daemon:
             self._takeovers.pop(name, None)
 
     async def _serve_again(self, record: DeviceRecord) -> Device:
-        assert self._bases is not None
+        assert self._stacks is not None
         assert self._home is not None
         config, pin = takeover.parsed(record)
-        base = await self._bases.open(config, record.name, pin=pin)
+        stack = await self._stacks.open(config, record.name, pin=pin, goes_on=True)
         try:
-            device = Device(config, base, self._home, record)
+            device = Device(config, stack, self._home, record)
             await device.recover(self._on_device_end)
         except BaseException:
-            await self._bases.release(base, record.name)
+            await self._stacks.release(stack, record.name, goes_on=True)
             raise
         return device
 
@@ -360,32 +364,38 @@ class Daemon:
         return await self._call(self._repin(name))
 
     async def _repin(self, name: str) -> dict[str, Any]:
-        """The new version is looked at first: if that fails the device goes on as before (R22: nothing is
-        written to a device yet, so no version has to match)."""
-        assert self._bases is not None
+        """The new version is looked at first: if that fails the device goes on as before. Not for one that
+        was written to (R22)."""
+        assert self._stacks is not None
         async with self._only_one(name):
             old = self._find(name)
-            base = await self._bases.open(old.config, f"{name} (new)", fresh=True)
+            if old.stack.volume is not None:
+                raise DeviceError(
+                    f"{name} has a volume, which was written over the version of its image that it shows",
+                    "attach the new version under another device.name",
+                )
+            stack = await self._stacks.open(old.config, f"{name} (new)", fresh=True)
             try:
-                if base is old.base:
+                if stack.base is None or stack.base is old.stack.base:
                     return self._shown(old)
-                warning = await self._bases.partition_warning(base)
+                warning = await self._stacks.partition_warning(stack)
                 await old.stop(force=False)
                 await self._forget(old)
-                base.patiences[name] = 0.0
+                stack.base.patiences[name] = 0.0
                 try:
-                    return await self._make(old.config, base, warning, old.dev_id)
+                    return await self._make(old.config, stack, warning, old.dev_id)
                 except BaseException:
-                    await self._bases.release(base, name)
+                    await self._stacks.release(stack, name)
                     raise
             finally:
-                await self._bases.release(base, f"{name} (new)")
+                await self._stacks.release(stack, f"{name} (new)")
 
     async def _forget(self, device: Device) -> None:
-        assert self._bases is not None
+        assert self._stacks is not None
         if self._devices.get(device.name) is device:  # a detach and a stop may meet
             del self._devices[device.name]
-            await self._bases.release(device.base, device.name)
+            goes_on = device.state == "handed over"
+            await self._stacks.release(device.stack, device.name, goes_on=goes_on)
 
     def _find(self, name: str) -> Device:
         if name in self._takeovers:

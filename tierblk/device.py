@@ -28,13 +28,13 @@ from errno import EBUSY, EEXIST, ENODEV
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tierblk import records
-from tierblk.config import Config, show_patience
-from tierblk.core import BLOCK_BYTES, Engine, UblkDoor, ublk
+from tierblk import records, values
+from tierblk.config import Config
+from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Engine, UblkDoor, ublk
 from tierblk.driver import STOP_MS, driver_error, send_try_stop
 from tierblk.errors import DeviceError
 from tierblk.latency import TIERS, Latencies
-from tierblk.layer import Base
+from tierblk.layer import Stack
 from tierblk.planes import MEMORY_ALIGN_BYTES, cpus_of, flags_wanted, plane_of, queues_wanted
 from tierblk.records import DeviceRecord
 
@@ -63,10 +63,10 @@ class Home:
 class Device:
     """A device from `start` or `recover` to `stop` or `hand_over`. All methods belong to the event loop."""
 
-    def __init__(self, config: Config, base: Base, home: Home, record: DeviceRecord | None = None) -> None:
+    def __init__(self, config: Config, stack: Stack, home: Home, record: DeviceRecord | None = None) -> None:
         """record: of the device that is there already, for `recover`."""
         self.config = config
-        self.base = base
+        self.stack = stack
         self.name = config.device.name
         self.plane = plane_of(record.flags if record else 0)
         self.state = "starting"
@@ -200,12 +200,11 @@ class Device:
                 raise DeviceError(
                     f"the ublk driver allows requests of {info.max_io_bytes} bytes, 64 KiB are needed"
                 )
-            size_bytes = self.base.image.size_bytes
             ublk.set_params(
                 self.dev_id,
-                size_bytes=size_bytes,
+                size_bytes=self.stack.size_bytes,
                 block_bytes=BLOCK_BYTES,
-                read_only=True,
+                read_only=self.stack.volume is None,
                 memory_align_bytes=MEMORY_ALIGN_BYTES if self.plane == "zero-copy" else None,
             )
             self._write_record()
@@ -238,15 +237,16 @@ class Device:
         """Before START_DEV, so that there is no device that could be open and have none. Blocks."""
         if not self.outlives_daemon:
             return
-        identity = self.base.image.identity
+        size_bytes, identity = self.stack.size_bytes, self.stack.identity
         record = DeviceRecord(
             dev_id=self.dev_id,
             name=self.name,
             config_path=str(self.config.path),
             config=self.config.to_document(),
-            url=identity.url,
-            size_bytes=identity.size_bytes,
-            validator=identity.validator,
+            url=identity.url if identity else "",
+            size_bytes=identity.size_bytes if identity else size_bytes,
+            validator=identity.validator if identity else "",
+            volume_size_bytes=size_bytes if self.stack.volume else 0,
             stamp=self._home.stamp,
             flags=self.flags,
             attached=self.attached,
@@ -273,10 +273,14 @@ class Device:
         await self._wait_for(char_path, opened)
         loop = asyncio.get_running_loop()
 
+        stack = self.stack
+
         def open_door() -> None:
             self._door = door = UblkDoor(
                 self._home.engine,
-                self.base.layer,
+                stack.base.layer if stack.base else None,
+                volume=stack.volume.layer if stack.volume else None,
+                size_bytes=stack.size_bytes,
                 cdev_fd=self._cdev_fd,
                 dev_id=self.dev_id,
                 queue_depth=self._queue_depth,
@@ -292,7 +296,8 @@ class Device:
         assert self._door is not None
         # Both before the first request comes.
         self._door.set_patience(self.config.device.on_outage)
-        self.base.patiences[self.name] = self.config.device.on_outage
+        if stack.base is not None:
+            stack.base.patiences[self.name] = self.config.device.on_outage
 
     def _on_end(self, end_fd: int, on_end: Callable[[Device], None]) -> None:
         """One of the queues has ended; the others follow at once."""
@@ -416,7 +421,8 @@ class Device:
         stats = door.stats() if door is not None else self._last_stats
         latencies = door.latencies() if door is not None else self._last_latencies
         tick_s = self._home.engine.tick_s()
-        counters, health = self.base.fetcher.counters, self.base.health()
+        base, volume, identity = self.stack.base, self.stack.volume, self.stack.identity
+        counters, health = self.stack.counters, self.stack.health()
         state, reason = self.state, self.reason
         if state == "live":
             state, reason = health["state"], health["reason"]
@@ -424,7 +430,7 @@ class Device:
             "name": self.name,
             "path": self.path,
             "plane": self.plane,
-            "size_bytes": self.base.image.size_bytes,
+            "size_bytes": self.stack.size_bytes,
             **{key: stats.get(key, 0) for key in _SHOWN_STATS},
             "latencies": {
                 tier: Latencies(counts, tick_s).to_dict()
@@ -435,20 +441,22 @@ class Device:
             "remote_retries": counters.retries,
             "remote_errors": counters.errors,
             "remote_waiting": health["waiting"],
-            "cached_bytes": self.base.layer.cached_pages() * 4096,
+            "cached_bytes": base.layer.cached_pages() * PAGE_BYTES if base else 0,
+            "volume": volume.mode if volume else None,
+            "volume_bytes": volume.layer.cached_pages() * PAGE_BYTES if volume else 0,
             "state": state,
             "reason": reason,
             "since": health["since"] if self.state == "live" else None,
             "next_try_s": health["next_try_s"],
-            "url": self.base.image.identity.shown,
-            "validator": self.base.image.identity.validator,
+            "url": identity.shown if identity else None,
+            "validator": identity.validator if identity else None,
             "config_path": str(self.config.path),
             "queues": self._queues,
             "queue_depth": self._queue_depth,
             "hot_memory_bytes": self.config.device.hot_memory,
-            "on_outage": show_patience(self.config.device.on_outage),
+            "on_outage": values.show_patience(self.config.device.on_outage),
             "recovery": self.outlives_daemon,
-            "read_only": True,
+            "read_only": volume is None,
             "attached": self.attached,
             "recovered": self.recovered,
             "warnings": self.warnings,
@@ -469,6 +477,14 @@ _SHOWN_STATS = (
     "enters",
     "bounced",
     "memory_requests",
+    "write_requests",
+    "write_bytes",
+    "partial_writes",
+    "space_waits",
+    "flush_requests",
+    "flush_commits",
+    "discard_requests",
+    "discard_bytes",
 )
 
 

@@ -1,16 +1,57 @@
-"""A base as a running daemon has it: its block map, and the image behind it. Its truth is the image (DESIGN
-2)."""
+"""Layers as a running daemon has them. A base: its block map, and the image behind it, which is its truth. A
+volume: its block map, which is the truth itself (DESIGN 2)."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from tierblk.core import Layer
 from tierblk.errors import TierblkError
-from tierblk.remote import Fetcher, RawImage
-from tierblk.remote.fetcher import Health
+from tierblk.remote import FetchCounters, Fetcher, Health, Identity, RawImage
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What was written to a device. mode: "scratch" or "local"."""
+
+    name: str
+    mode: str
+    layer: Layer
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a device shows: a volume over a base, or one of them alone."""
+
+    base: Base | None
+    volume: Volume | None
+    size_bytes: int
+
+    @property
+    def identity(self) -> Identity | None:
+        """Of the image."""
+        return self.base.image.identity if self.base else None
+
+    @property
+    def counters(self) -> FetchCounters:
+        """What was fetched."""
+        return self.base.fetcher.counters if self.base else FetchCounters()
+
+    def health(self) -> Health:
+        """How the image's remote does; without one all is well."""
+        if self.base is not None:
+            return self.base.health()
+        return {"state": "ok", "since": None, "reason": None, "next_try_s": None, "waiting": 0}
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        parts = [self.base.image.identity.shown] if self.base else []
+        parts += [f"{self.volume.mode} volume"] if self.volume else []
+        return ", ".join(parts)
 
 
 class Base:

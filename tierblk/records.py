@@ -22,7 +22,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class DeviceRecord:
-    """One device. url, size_bytes, validator: the pinned version of its image. config: the document of its
+    """One device. url, size_bytes, validator: the pinned version of its image; empty, and the volume's size,
+    without one. volume_size_bytes: 0 for a device that nobody writes to. config: the document of its
     config. stamp and flags: as ADD_DEV has them. attached: seconds since 1970."""
 
     dev_id: int
@@ -35,6 +36,7 @@ class DeviceRecord:
     stamp: int
     flags: int
     attached: float
+    volume_size_bytes: int = 0
 
     @property
     def path(self) -> str:
@@ -80,6 +82,7 @@ def _parse(path: Path, dev_id: int) -> DeviceRecord:
     document = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or document.pop("version", None) != VERSION:
         raise ValueError("another version of tierblk wrote it")
+    document.setdefault("volume_size_bytes", 0)  # an earlier version had none
     kinds: dict[str, Any] = {"int": int, "str": str, "float": (int, float), "dict[str, Any]": dict}
     for field in fields(DeviceRecord):
         if not isinstance(document.get(field.name), kinds[str(field.type)]):
@@ -95,14 +98,14 @@ def waiting_device(record: DeviceRecord, state: str, reason: str | None) -> dict
     return {
         "name": record.name,
         "path": record.path,
-        "size_bytes": record.size_bytes,
+        "size_bytes": record.volume_size_bytes or record.size_bytes,
         "state": state,
         "reason": reason,
-        "url": address.shown(record.url),
-        "validator": record.validator,
+        "url": address.shown(record.url) if record.url else None,
+        "validator": record.validator or None,
         "config_path": record.config_path,
         "recovery": True,
-        "read_only": True,
+        "read_only": not record.volume_size_bytes,
         "attached": record.attached,
         "recovered": None,
         "warnings": [],

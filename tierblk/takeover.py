@@ -101,7 +101,8 @@ class TakeOver:
             log.exception("%s (%s) could not be taken over", record.name, record.path)
             self._failed(f"internal error: {error!r:.200}")
         else:
-            log.info("%s (%s) is taken over: %s", record.name, record.path, address.shown(record.url))
+            what = address.shown(record.url) if record.url else "a volume"
+            log.info("%s (%s) is taken over: %s", record.name, record.path, what)
             return device
         return None
 

@@ -19,7 +19,9 @@ from tests.faults.readpath import DEVICE, ReadPath, open_path, settings
 from tierblk.bases import Bases
 from tierblk.cache import Cache
 from tierblk.errors import RemoteUnavailable
+from tierblk.layer import Stack
 from tierblk.partition import HEAD_BYTES
+from tierblk.stacks import Stacks
 
 IMAGE_BYTES = 16 << 20
 SECTOR = 512
@@ -51,7 +53,8 @@ async def warning_of(path: ReadPath) -> str | None:
     with ThreadPoolExecutor(4) as executor:
         cache = cast(Cache, SimpleNamespace(engine=path.engine))
         async with asyncio.timeout(LIMIT_S):
-            return await Bases(cache, executor, nothing).partition_warning(path.base)
+            stack = Stack(path.base, None, path.base.image.size_bytes)
+            return await Stacks(cache, Bases(cache, nothing), executor).partition_warning(stack)
 
 
 @pytest.mark.parametrize(

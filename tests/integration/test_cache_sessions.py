@@ -66,6 +66,8 @@ async def test_what_was_cached_is_served_without_a_fetch(tmp_path: Path, run_dir
         assert stats["layers"] == [
             {
                 "layer_id": 1,
+                "kind": "base",
+                "name": None,
                 "url": "http://images.example/a.raw",
                 "size_bytes": len(IMAGE),
                 "cached_bytes": 100 * BLOCK_BYTES,

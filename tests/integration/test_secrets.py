@@ -69,8 +69,8 @@ async def test_status_list_info_errors_and_log_of_a_daemon(
             told.append(json.dumps([served.devices(), served.device("disk"), served.info()]))
 
         told.append(json.dumps(await served.attach(daemon(url))))
-        assert served._bases is not None
-        (base,) = served._bases.by_layer.values()
+        assert served._stacks is not None
+        (base,) = served._stacks.bases.by_layer.values()
         assert base.image.identity.url == url, "the whole address is the key"
         tell()
         for faults in ("stall-head", "", "whole"):

@@ -25,7 +25,7 @@ _entries = st.builds(
     Entry, slot=st.integers(0, SLOTS), present=_masks, cached=_masks, zero=_masks, dirty=_masks
 )
 _likely = st.tuples(st.integers(1, SLOTS - 1), st.sampled_from([1, 3, 0xFFFF])).map(
-    lambda drawn: Entry(drawn[0], cached=drawn[1])
+    lambda drawn: Entry(drawn[0], present=drawn[1], cached=drawn[1])
 )
 _rows = st.tuples(
     st.sampled_from(sorted(SIZES)),
@@ -48,7 +48,13 @@ def empty_engine() -> Iterator[tuple[Engine, dict[int, Layer]]]:
         engine = Engine(slots_fd=slots_fd, slot_count=SLOTS, sums_fd=sums_fd, staging_bytes=BLOCK_BYTES)
         stack.callback(engine.close)
         opened = zip(SIZES, map_fds, strict=True)
-        yield engine, {layer_id: engine.open_layer(layer_id, fd, SIZES[layer_id]) for layer_id, fd in opened}
+        yield (
+            engine,
+            {
+                layer_id: engine.open_layer(layer_id, fd, SIZES[layer_id], is_volume=True)
+                for layer_id, fd in opened
+            },
+        )
 
 
 def taken_from(rows: dict[tuple[int, int], bytes]) -> list[LayerRows]:
@@ -62,11 +68,13 @@ def taken_from(rows: dict[tuple[int, int], bytes]) -> list[LayerRows]:
 
 @effort(examples=80, steps=1)
 @given(st.lists(_rows, min_size=1, max_size=4))
-@example([(1, 0, {0: Entry(1, 0, 1)}, None), (1, 1, {0: Entry(1, 0, 1)}, None)])  # I4: across rows
-@example([(1, 0, {3: Entry(2, 0, 3)}, None), (2, 0, {1: Entry(2, 0, 1)}, None)])  # I4: across layers
+@example([(1, 0, {0: Entry(1, 1, 1)}, None), (1, 1, {0: Entry(1, 1, 1)}, None)])  # I4: across rows
+@example([(1, 0, {3: Entry(2, 3, 3)}, None), (2, 0, {1: Entry(2, 1, 1)}, None)])  # I4: across layers
 @example([(1, 0, {0: Entry(1, 1, 1, 1)}, None)])  # R2
+@example([(1, 0, {0: Entry(1, 1)}, None)])  # R2
 @example([(1, 0, {0: Entry(1, 0, 1, 0, 1)}, None)])  # I3
-@example([(1, 0, {0: Entry(1, 0, 1)}, 700)])  # R9
+@example([(1, 0, {0: Entry(1, 0, 1)}, None)])  # I3
+@example([(1, 0, {0: Entry(1, 1, 1)}, 700)])  # R9
 def test_the_engine_takes_what_the_invariants_allow(written: list[Written]) -> None:
     with empty_engine() as (engine, layers):
         taken: dict[tuple[int, int], bytes] = {}

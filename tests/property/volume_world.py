@@ -194,16 +194,18 @@ class VolumeWorld:
 
     def _do(self, op: Op, value: int) -> object:
         door, at, length = self.daemon.door, op.at * SECTOR, len(op.sectors) * SECTOR
+        if op.kind == "read":
+            return door.read(at, length)
         if op.kind == "write":
             data = b"".join(sector_bytes(value, sector, self.image) for sector in op.sectors)
-            return door.write(at, data, fua=op.flag)
-        if op.kind == "discard":
-            return door.discard(at, length)
-        if op.kind == "zeroes":
-            return door.write_zeroes(at, length, fua=op.flag)
-        if op.kind == "flush":
-            return door.flush()
-        return door.read(at, length)
+            door.write(at, data, fua=op.flag)
+        elif op.kind == "discard":
+            door.discard(at, length)
+        elif op.kind == "zeroes":
+            door.write_zeroes(at, length, fua=op.flag)
+        else:
+            door.flush()
+        return None
 
     def _judge(self, op: Op, found: object, *, narrow: bool) -> None:
         """I1. narrow: nothing else is under way, so what was read is what it is."""

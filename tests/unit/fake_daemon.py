@@ -39,8 +39,8 @@ class FakeDaemon:
         name = config.device.name
         if name in self._devices:
             raise DaemonError(f"{name} is attached already", "use it")
-        if "unreachable" in config.base.url:
-            raise RemoteUnavailable(f"{config.base.url} does not answer", "is it up?")
+        if "unreachable" in config.url:
+            raise RemoteUnavailable(f"{config.url} does not answer", "is it up?")
         if name == "bug":
             raise KeyError("a bug in the daemon")
         if name == "slow":
@@ -67,7 +67,7 @@ class FakeDaemon:
             "errors": 0,
             "state": "degraded" if name == "ill" else "ok",
             "reason": "the server\x1b[31m is away" if name == "ill" else None,
-            "url": config.base.url,
+            "url": config.url,
             "config_path": str(config.path),
             "queues": 2,
             "queue_depth": config.device.queue_depth,

@@ -71,6 +71,27 @@ def test_patience(written: object, patience_s: float | None) -> None:
     assert config.parse(loaded.to_document(), HERE).device.on_outage == patience_s
 
 
+def test_a_device_shows_an_image_or_a_volume_or_both() -> None:
+    both = config.parse(with_("volume", mode="local"), HERE)
+    assert both.volume is not None
+    assert (both.volume.mode, both.volume.size, both.url) == ("local", None, "http://images.example/debian.raw")
+    assert config.parse(both.to_document(), HERE) == both
+    alone = {
+        key: table for key, table in with_("volume", mode="scratch", size="1PiB").items() if key != "base"
+    }
+    loaded = config.parse(alone, HERE)
+    assert (loaded.url, loaded.shown_base) == ("", "nothing")
+    assert loaded.volume is not None
+    assert loaded.volume.size == 2**50
+    del alone["volume"]["size"]
+    assert faults(alone) == ["volume.size: is required, since there is no [base] whose size it could be"]
+    del alone["volume"]
+    assert faults(alone) == ["base.url: is required"]
+    assert faults(with_("volume", mode="write-back")) == [
+        'volume.mode: must be "scratch" or "local", is "write-back"'
+    ]
+
+
 def test_it_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.parse(SHORTEST, HERE).cache.size = 5
@@ -94,7 +115,7 @@ def test_all_faults_at_once() -> None:
         "device.queue_dept: unknown key "
         "(known here: hot_memory, name, on_outage, plane, queue_depth, queues, recovery); "
         "did you mean queue_depth?",
-        "devices: unknown table or key (known here: base, cache, daemon, device, remote); "
+        "devices: unknown table or key (known here: base, cache, daemon, device, remote, volume); "
         "did you mean device?",
         "remote: must be a table ([remote]), is 4 (an integer)",
     ]
@@ -187,7 +208,7 @@ def test_a_window_fits_into_staging() -> None:
     "url", ["https://a/x?sig=1%2F2", "http://[::1]:8080/x", "file:///srv/x", "file://localhost/x"]
 )
 def test_urls(url: str) -> None:
-    assert config.parse(with_("base", url=url), HERE).base.url == url
+    assert config.parse(with_("base", url=url), HERE).url == url
 
 
 @given(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,11 +13,12 @@ from tests.unit.test_records import RECORD
 from tierblk import config as configs
 from tierblk.daemon import Daemon
 from tierblk.errors import DeviceError, RemoteUnavailable, TierblkError
+from tierblk.layer import Base, Stack
 from tierblk.remote import Identity
 
 
 class Versions:
-    """Bases: `opened` has how each one was asked for, `used` who uses one."""
+    """Stacks: `opened` has how each one was asked for, `used` who uses one."""
 
     def __init__(self, refuses: TierblkError | None = None) -> None:
         self.opened: list[tuple[Identity | None, bool]] = []
@@ -25,25 +26,31 @@ class Versions:
         self.refuses = refuses
 
     async def open(
-        self, config: object, user: str, *, pin: Identity | None = None, fresh: bool = False
+        self,
+        config: object,
+        user: str,
+        *,
+        pin: Identity | None = None,
+        fresh: bool = False,
+        goes_on: bool = False,
     ) -> Any:
         self.opened.append((pin, fresh))
         if self.refuses is not None:
             raise self.refuses
         self.used.append(user)
-        return object()
+        return Stack(cast(Base, object()), None, 0)
 
-    async def release(self, base: object, user: str) -> None:
+    async def release(self, stack: object, user: str, *, goes_on: bool = False) -> None:
         self.used.remove(user)
 
-    async def partition_warning(self, base: object) -> None:
+    async def partition_warning(self, stack: object) -> None:
         return None
 
 
 class Held:
     """A live device that somebody has open."""
 
-    name, path, dev_id, config, base = "a", "/dev/ublkb0", 0, None, object()
+    name, path, dev_id, config, stack = "a", "/dev/ublkb0", 0, None, Stack(cast(Base, object()), None, 0)
 
     def __init__(self) -> None:
         self.stops = 0
@@ -60,7 +67,7 @@ def daemon(tmp_path: Path) -> Daemon:
 
 
 def put_in(daemon: Daemon, versions: Versions, held: Held) -> None:
-    daemon._bases = versions  # type: ignore[assignment]
+    daemon._stacks = versions  # type: ignore[assignment]
     daemon._devices["a"] = held  # type: ignore[assignment]
 
 
@@ -86,7 +93,7 @@ async def test_r22_the_new_version_is_looked_at_before_the_device_is_touched(dae
 
 async def test_a_take_over_pins_the_version_that_the_device_has(daemon: Daemon, tmp_path: Path) -> None:
     versions = Versions(RemoteUnavailable("enough"))
-    daemon._bases, daemon._home = versions, object()  # type: ignore[assignment]
+    daemon._stacks, daemon._home = versions, object()  # type: ignore[assignment]
     record = replace(RECORD, config=document(tmp_path), config_path=str(tmp_path / "a.toml"))
     with pytest.raises(RemoteUnavailable, match="enough"):
         await daemon._serve_again(record)

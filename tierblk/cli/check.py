@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from tierblk import address
 from tierblk.cli.arguments import add_json
 from tierblk.cli.output import put, put_json, warn
 from tierblk.units import format_size
@@ -34,15 +33,16 @@ def run(args: argparse.Namespace) -> int:
     from tierblk import config
 
     loaded = config.load(args.config)
-    remote = asyncio.run(_look(loaded)) if args.connect else None
+    remote = asyncio.run(_look(loaded)) if args.connect and loaded.url else None
     for warning in remote["warnings"] if remote else ():
         warn(warning)
     if args.json:
         put_json({"ok": True, "path": str(loaded.path), "config": _public(loaded), "remote": remote})
         return 0
-    device, base, cache = loaded.device, loaded.base, loaded.cache
+    device, cache = loaded.device, loaded.cache
     where = f"{cache.dir} ({format_size(cache.size)})"
-    put(f"{loaded.path} is right: {device.name} from {address.shown(base.url)}, cached in {where}")
+    volume = f" with a {loaded.volume.mode} volume" if loaded.volume else ""
+    put(f"{loaded.path} is right: {device.name} from {loaded.shown_base}{volume}, cached in {where}")
     if remote:
         size = f"{format_size(remote['size_bytes'])} ({remote['size_bytes']} bytes)"
         put(f"the image can be read: {size}, {remote['validator']}")
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 def _public(loaded: Config) -> dict[str, Any]:
     """The settings without what may be secret."""
     document = loaded.to_document()
-    document["base"]["url"] = address.shown(loaded.base.url)
+    if loaded.base:
+        document["base"]["url"] = loaded.shown_base
     document["remote"]["headers"] = dict.fromkeys(loaded.remote.headers, "...")
     return document
 
@@ -63,7 +64,7 @@ async def _look(loaded: Config) -> dict[str, Any]:
     from tierblk.remote.image import RawImage
     from tierblk.remote.source import open_source
 
-    source = await open_source(loaded.base.url, loaded.remote)
+    source = await open_source(loaded.url, loaded.remote)
     try:
         image = RawImage(source)
         head = bytearray(min(partition.HEAD_BYTES, image.size_bytes))

@@ -104,7 +104,12 @@ def _put_device(device: dict[str, Any]) -> None:
     number = {key: value for key, value in device.items() if isinstance(value, int)}
     put(f"{device.get('name')}: {device.get('path')}, {device.get('state')}")
     _put_trouble(device, number)
-    put(f"  image     {format_size(number.get('size_bytes', 0))} at {device.get('url')}")
+    size = format_size(number.get("size_bytes", 0))
+    if device.get("url"):
+        put(f"  image     {size} at {device['url']}")
+    if device.get("volume"):
+        kept = format_size(number.get("volume_bytes", 0))
+        put(f"  volume    {size}, {device['volume']}, {kept} of it in the cache directory")
     if device.get("recovered"):
         put(f"  recovered {ago(device['recovered'])}: an earlier daemon made it; numbers count from there")
     if "requests" not in device:  # nobody serves it, so nobody counts
@@ -122,7 +127,17 @@ def _put_device(device: dict[str, Any]) -> None:
     put(f"  misses    {format_size(miss)}{_latency(device, 'miss')}")
     fetched, gets = number.get("fetched_bytes", 0), number.get("remote_requests", 0)
     put(f"  fetched   {format_size(fetched)} in {gets} requests to the remote")
+    if device.get("volume"):
+        _put_writes(device, number)
     put(f"  errors    {number.get('errors', 0)}")
+
+
+def _put_writes(device: dict[str, Any], number: dict[str, int]) -> None:
+    wrote, writes = number.get("write_bytes", 0), number.get("write_requests", 0)
+    put(f"  written   {format_size(wrote)} in {writes} requests{_latency(device, 'write')}")
+    flushes, commits = number.get("flush_requests", 0), number.get("flush_commits", 0)
+    put(f"  flushes   {flushes}, {commits} waited for the index{_latency(device, 'flush')}")
+    put(f"  discarded {format_size(number.get('discard_bytes', 0))}")
 
 
 def _put_trouble(device: dict[str, Any], number: dict[str, int]) -> None:

@@ -125,8 +125,6 @@ static tb_head unpack(const uint8_t *p)
     tb_head head = {.slot = 0};
     memcpy(&head.slot, p, 4);
     memcpy(&head.present, p + 4, 8); /* present cached zero dirty, in this order in both */
-    if (!head.cached)
-        head.slot = 0; /* as pack_row has it */
     return head;
 }
 
@@ -137,7 +135,9 @@ static bool head_valid(const tb_layer *layer, uint64_t block, tb_head head)
         return false;
     if (head.dirty & ~head.present || head.dirty & ~(head.cached | head.zero)) /* I3 */
         return false;
-    if (head.slot >= layer->engine->slot_count || (head.cached != 0 && head.slot == 0))
+    if (layer->is_volume && (head.cached | head.zero) & ~head.present)
+        return false;
+    if (head.slot >= layer->engine->slot_count || (head.cached != 0) != (head.slot != 0))
         return false;
     return head.slot == 0 || !tb_slot_owned(layer->engine, head.slot); /* I4 */
 }

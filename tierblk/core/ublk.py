@@ -54,10 +54,14 @@ _ALL_QUEUES = 0xFFFF
 _NEW_ID = 0xFFFFFFFF
 _INFO = struct.Struct("<HHHHIIiIQQII16x")  # ublksrv_ctrl_dev_info, 64 bytes
 _BASIC = struct.Struct("<IIIBBBBIIQQ")  # ublk_params up to and with ublk_param_basic, 40 bytes
-_DMA_ALIGN = struct.Struct("<68xI4x")  # what lies between, and ublk_param_dma_align, to byte 116
-_PARAM_TYPE_BASIC, _PARAM_TYPE_DMA_ALIGN = 1 << 0, 1 << 4
+_DISCARD = struct.Struct("<IIIIH2x")  # ublk_param_discard, 20 bytes behind it
+_DMA_ALIGN_AT = 68  # bytes behind the basic ones
+_DMA_ALIGN = struct.Struct("<I4x")  # ublk_param_dma_align
+_PARAM_TYPE_BASIC, _PARAM_TYPE_DISCARD, _PARAM_TYPE_DMA_ALIGN = 1 << 0, 1 << 1, 1 << 4
+_CLEAR_SECTORS_MAX = 2**31 // 512
+"""Of one DISCARD or WRITE_ZEROES, in whole blocks; a larger one comes in pieces."""
 _AFFINITY_BYTES = 1024  # 8192 processors
-_ATTR_READ_ONLY = 1
+_ATTR_READ_ONLY, _ATTR_VOLATILE_CACHE, _ATTR_FUA = 1, 4, 8
 
 QUICK_MS = 10_000
 """For commands that wait for nothing but the driver."""
@@ -130,14 +134,18 @@ def queue_cpus(dev_id: int, q_id: int) -> bytes:
 def set_params(
     dev_id: int, *, size_bytes: int, block_bytes: int, read_only: bool, memory_align_bytes: int | None = None
 ) -> None:
-    """SET_PARAMS: 512-byte logical and 4096-byte physical blocks; no request crosses `block_bytes`.
-    memory_align_bytes: what requests' pages have to be aligned to at least, a power of two below 4096."""
-    attrs = _ATTR_READ_ONLY if read_only else 0
+    """SET_PARAMS: 512-byte logical and 4096-byte physical blocks; no request with data crosses `block_bytes`.
+    A device that can be written to has a volatile cache, FUA, DISCARD and WRITE_ZEROES. memory_align_bytes:
+    what requests' pages have to be aligned to at least, a power of two below 4096."""
+    attrs = _ATTR_READ_ONLY if read_only else _ATTR_VOLATILE_CACHE | _ATTR_FUA
     sectors = block_bytes // 512
     types, tail = _PARAM_TYPE_BASIC, b""
+    if not read_only:
+        types |= _PARAM_TYPE_DISCARD
+        tail = _DISCARD.pack(0, 4096, _CLEAR_SECTORS_MAX, _CLEAR_SECTORS_MAX, 1)
     if memory_align_bytes is not None:
         types |= _PARAM_TYPE_DMA_ALIGN
-        tail = _DMA_ALIGN.pack(memory_align_bytes - 1)
+        tail = tail.ljust(_DMA_ALIGN_AT, b"\0") + _DMA_ALIGN.pack(memory_align_bytes - 1)
     size = _BASIC.size + len(tail)
     basic = _BASIC.pack(size, types, attrs, 9, 12, 16, 12, sectors, sectors, size_bytes // 512, 0)
     _control(_SET_PARAMS, dev_id, bytearray(basic + tail), 0, QUICK_MS, f"SET_PARAMS of device {dev_id}")

@@ -262,12 +262,13 @@ class Tierblk:
         return json.loads(self.run(*words, "--json").stdout)
 
     def config(
-        self, name: str, url: str, cache_dir: Path, cache_size: str, **settings: str | int | float
+        self, name: str, url: str | None, cache_dir: Path, cache_size: str, **settings: str | int | float
     ) -> Path:
-        """Writes a config file. `settings`: table__key=value, e.g. device__plane="copy"."""
+        """Writes a config file. `settings`: table__key=value, e.g. device__plane="copy". url: None for a
+        volume without a base."""
         tables: dict[str, dict[str, str | int | float]] = {
             "device": {"name": name},
-            "base": {"url": url},
+            "base": {"url": url} if url else {},
             "cache": {"dir": str(cache_dir), "size": cache_size},
         }
         for key, value in settings.items():
@@ -275,6 +276,8 @@ class Tierblk:
             tables.setdefault(table, {})[setting] = value
         lines = []
         for table, values in tables.items():
+            if not values:
+                continue
             lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
         path = self._folder / f"{name}.toml"
         path.write_text("\n".join(lines) + "\n")

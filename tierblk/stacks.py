@@ -1,0 +1,119 @@
+"""What a config's device shows, put together: its base, opened or shared, and its volume, found or made."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+
+from tierblk import partition
+from tierblk.bases import Bases
+from tierblk.cache import Cache
+from tierblk.config import Config
+from tierblk.core import LocalDoor
+from tierblk.errors import CacheError, DeviceError
+from tierblk.layer import Stack, Volume
+from tierblk.remote import Identity
+
+
+class Stacks:
+    """Opens and closes stacks. All of it belongs to the event loop."""
+
+    def __init__(self, cache: Cache, bases: Bases, executor: Executor) -> None:
+        self.bases = bases
+        self._cache = cache
+        self._executor = executor
+
+    async def open(
+        self,
+        config: Config,
+        user: str,
+        *,
+        pin: Identity | None = None,
+        fresh: bool = False,
+        goes_on: bool = False,
+    ) -> Stack:
+        """The stack of a config, counted as used by `user` until `release`.
+
+        pin, fresh: of the base, see Bases.open; a volume that is there already pins the version that it was
+        written over. goes_on: the device was there before, so a scratch volume is not begun anew.
+        TierblkError."""
+        name = config.device.name
+        wanted, known = config.volume, None
+        if wanted is not None:
+            known = self._cache.volume(name)
+            if known is not None and known.kind == "scratch" and not goes_on:
+                await self._cache.drop_volume(name)  # of a device that is gone
+                known = None
+        if known is not None and known.base is not None and config.base is not None:
+            if known.url != config.base.url:
+                raise CacheError(
+                    f"there is a volume {name} already, and it lies over {known.shown_base}",
+                    "what was written means nothing without what is below it: choose another device.name",
+                )
+            pin = Identity(*known.base)
+        base = await self.bases.open(config, user, pin=pin, fresh=fresh) if config.base else None
+        try:
+            base_bytes = base.image.size_bytes if base else 0
+            if wanted is None:
+                return Stack(base, None, base_bytes)
+            size_bytes = wanted.size or base_bytes
+            identity = base.image.identity if base else None
+            over = (identity.url, identity.size_bytes, identity.validator) if identity else None
+            layer = await self._cache.volume_layer(name, wanted.mode, size_bytes, over)
+            return Stack(base, Volume(name, wanted.mode, layer), size_bytes)
+        except BaseException:
+            if base is not None:
+                await self.bases.release(base, user)
+            raise
+
+    async def release(self, stack: Stack, user: str, *, goes_on: bool = False) -> None:
+        """One user less. goes_on: the device waits for the next daemon; else a scratch volume is gone."""
+        try:
+            if stack.volume is not None and stack.volume.mode == "scratch" and not goes_on:
+                await self._cache.drop_volume(stack.volume.name)
+        finally:
+            if stack.base is not None:
+                await self.bases.release(stack.base, user)
+
+    async def partition_warning(self, stack: Stack) -> str | None:
+        """Reads the partition table as the kernel will, so that all of it is cached when the kernel does,
+        whose wait nobody can end. A remote that does not answer is an error as soon as the retries are used
+        up, whatever the device's patience."""
+        if stack.base is None:
+            return None  # nothing of it can be anywhere but here
+        size_bytes = stack.size_bytes
+        volume = stack.volume.layer if stack.volume else None
+        door = LocalDoor(
+            self._cache.engine, stack.base.layer, volume=volume, size_bytes=size_bytes, queue_depth=4
+        )
+        door.set_patience(0)
+        try:
+            head = await self._read(door, 0, min(partition.HEAD_BYTES, size_bytes))
+            reads = partition.kernel_reads(head, size_bytes)
+            wanted = next(reads, None)
+            while wanted is not None:
+                found = await self._read(door, *wanted)
+                try:
+                    wanted = reads.send(found)
+                except StopIteration:
+                    wanted = None
+        except OSError as error:
+            raise stack.base.trouble or DeviceError(f"cannot read {stack.shown}: {error}") from None
+        finally:
+            door.drain()
+            door.quit()
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._executor, door.close))
+        table = partition.parse(head, size_bytes)
+        return table.warning() if table else None
+
+    async def _read(self, door: LocalDoor, offset_bytes: int, length_bytes: int) -> bytes:
+        """Cancelled, it ends at once: the door's drain ends the read."""
+        loop = asyncio.get_running_loop()
+        reading = loop.run_in_executor(self._executor, door.read, offset_bytes, length_bytes)
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            door.drain()
+            await asyncio.wait([reading])
+            reading.exception()  # nobody else looks at it
+            raise

@@ -1,0 +1,212 @@
+"""Values of settings: what a TOML file may say, as pydantic's validators, and how an error shows it.
+
+Sizes become bytes (int) and durations seconds (float). A validator raises ValueError, whose text follows the
+key in the message.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator
+
+from tierblk import address
+from tierblk.units import format_duration, format_exact_size, parse_duration, parse_size
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,31}"
+
+# What every request carries by itself; a second one would break the checks that rest on it.
+OWN_HEADERS = frozenset(
+    {
+        "accept-encoding",
+        "connection",
+        "content-length",
+        "host",
+        "if-match",
+        "if-range",
+        "if-unmodified-since",
+        "range",
+        "transfer-encoding",
+    }
+)
+
+
+def _range(value: Any, least: Any, most: Any, show: Callable[[Any], str]) -> None:
+    if value < least:
+        raise ValueError(f"must be at least {show(least)}, is {show(value)}")
+    if value > most:
+        raise ValueError(f"must be at most {show(most)}, is {show(value)}")
+
+
+def shown(value: object) -> str:
+    """A TOML value as an error shows it: what it is and of what type, short."""
+    kinds = {
+        bool: "a boolean",
+        int: "an integer",
+        float: "a float",
+        str: "a string",
+        list: "an array",
+        dict: "a table",
+    }
+    kind = kinds.get(type(value), f"a {type(value).__name__}")
+    return kind if isinstance(value, list | dict) else f"{quoted(value)} ({kind})"
+
+
+def quoted(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    # JSON's escapes keep a message on one line, whatever the value holds.
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def size(least: int, most: int, multiple: int = 1) -> BeforeValidator:
+    def check(value: object) -> int:
+        size_bytes = parse_size(value)  # type: ignore[arg-type]  # says itself what is no size
+        _range(size_bytes, least, most, format_exact_size)
+        if size_bytes % multiple:
+            raise ValueError(
+                f"must be a multiple of {format_exact_size(multiple)}, is {format_exact_size(size_bytes)}"
+            )
+        return size_bytes
+
+    return BeforeValidator(check)
+
+
+def duration(least: float, most: float) -> BeforeValidator:
+    def check(value: object) -> float:
+        seconds = parse_duration(value)  # type: ignore[arg-type]  # says itself what is no duration
+        _range(seconds, least, most, format_duration)
+        return seconds
+
+    return BeforeValidator(check)
+
+
+def patience(value: object) -> float:
+    """How long a read may wait for the remote, in seconds: "wait" is for ever, "fail" as long as the
+    retries."""
+    if isinstance(value, str):
+        if value == "wait":
+            return math.inf
+        if value == "fail":
+            return 0.0
+        if value.startswith("wait "):
+            seconds = parse_duration(value.removeprefix("wait ").strip())
+            _range(seconds, 1.0, 86400.0, format_duration)
+            return seconds
+    raise ValueError(f'must be "wait", "wait" and a duration ("wait 30s") or "fail", is {shown(value)}')
+
+
+def show_patience(patience_s: float) -> str:
+    """A patience as the config file writes it."""
+    if math.isinf(patience_s):
+        return "wait"
+    return f"wait {patience_s!r}s" if patience_s else "fail"
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, is {shown(value)}")
+    return value
+
+
+def integer(least: int, most: int) -> BeforeValidator:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"must be an integer, is {shown(value)}")
+        _range(value, least, most, str)
+        return value
+
+    return BeforeValidator(check)
+
+
+@BeforeValidator
+def queues(value: object) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f'must be "auto" or an integer, is {shown(value)}')
+    _range(value, 1, 64, str)
+    return value
+
+
+def percent(least: float, most: float) -> BeforeValidator:
+    def check(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"must be a number, is {shown(value)}")
+        if not least <= value <= most:  # also catches nan
+            raise ValueError(f"must be from {least:g} to {most:g} percent, is {value:g}")
+        return float(value)
+
+    return BeforeValidator(check)
+
+
+def string(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a string, is {shown(value)}")
+    return value
+
+
+def name(value: object) -> str:
+    text = string(value)
+    if not re.fullmatch(NAME_PATTERN, text):
+        raise ValueError(
+            "must be 1 to 32 of a-z, 0-9, dot, underscore and dash, beginning with a letter or a digit, "
+            f"is {quoted(text)}"
+        )
+    return text
+
+
+def absolute_path(value: object) -> Path:
+    text = string(value)
+    if not text.startswith("/") or "\0" in text:
+        raise ValueError(f"must be an absolute path, is {quoted(text)}")
+    return Path(text)
+
+
+def url(value: object) -> str:
+    text = string(value)
+    shown = quoted(address.shown(text))
+    if re.search(r"[\x00-\x20\x7f]", text):
+        raise ValueError(f"must have no spaces or control characters (write %20 for a space), is {shown}")
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"is not a URL ({error}): {shown}") from None
+    if parts.scheme not in ("http", "https", "file"):
+        raise ValueError(f"must begin with http://, https:// or file://, is {shown}")
+    if parts.fragment:
+        raise ValueError(f"must not have a fragment (#{parts.fragment[:20]})")
+    if parts.scheme == "file":
+        if host not in (None, "localhost") or port is not None or not parts.path.startswith("/"):
+            raise ValueError(f"must be file:// and an absolute path (file:///srv/disk.raw), is {shown}")
+        return text
+    if not host:
+        raise ValueError(f"must name a host, is {shown}")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            "must not hold a user or password, which status and logs would show; "
+            "put an Authorization line into [remote.headers]"
+        )
+    return text
+
+
+def headers(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a table of strings, is {shown(value)}")
+    for name, text in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            raise ValueError(f"{quoted(name)} is not the name of an HTTP header")
+        if name.lower() in OWN_HEADERS:
+            raise ValueError(f"{name} is set by tierblk itself")
+        # The text may be a secret, so the message does not repeat it.
+        if not isinstance(text, str) or not re.fullmatch(r"[\t\x20-\x7e]*", text):
+            raise ValueError(f"the text of {name} must be a string of printable ASCII")
+    return dict(value)
