@@ -74,7 +74,11 @@ def test_patience(written: object, patience_s: float | None) -> None:
 def test_a_device_shows_an_image_or_a_volume_or_both() -> None:
     both = config.parse(with_("volume", mode="local"), HERE)
     assert both.volume is not None
-    assert (both.volume.mode, both.volume.size, both.url) == ("local", None, "http://images.example/debian.raw")
+    assert (both.volume.mode, both.volume.size, both.url) == (
+        "local",
+        None,
+        "http://images.example/debian.raw",
+    )
     assert config.parse(both.to_document(), HERE) == both
     alone = {
         key: table for key, table in with_("volume", mode="scratch", size="1PiB").items() if key != "base"
