@@ -22,7 +22,7 @@ from tests.vm.guest.test_device_planes import PLANES
 SECTOR = 512
 BASE_BYTES = 6 * MIB + 3 * SECTOR
 VOLUME_BYTES = 8 * MIB + 5 * SECTOR
-STEPS = 250
+STEPS = 120
 COMMAND_LIMIT_S = 120
 
 
@@ -135,7 +135,7 @@ def test_what_is_written_is_read_on_every_plane(
     direct.close()
     tierblk.run("stop")
     device = tierblk.attach(config)
-    change_at_random(device, model, seed=103, steps=50)
+    change_at_random(device, model, seed=103, steps=30)
     tierblk.run("stop")
 
 
