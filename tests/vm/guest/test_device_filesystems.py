@@ -94,7 +94,7 @@ def test_a_filesystem_is_made_filled_and_found_well(filesystem: str, scratch: Pa
     shutil.rmtree(scratch / "cache")
 
 
-@pytest.mark.parametrize(("plane", "pattern"), zip(PLANES, ("randrw", "rw"), strict=False))
+@pytest.mark.parametrize(("plane", "pattern"), list(zip(PLANES, ("randrw", "rw"), strict=False)))
 def test_fio_verifies_what_it_wrote(
     plane: str, pattern: str, scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
