@@ -131,8 +131,9 @@ def create_index(path: Path, uuid: UUID, slot_count: int) -> None:
         index.close()
 
 
-def open_index(path: Path, uuid: UUID, slot_count: int) -> Index:
-    """The index of a cache directory. CacheError when it is missing, damaged or of another cache."""
+def open_index(path: Path, uuid: UUID, slot_count: int, *, read_only: bool = False) -> Index:
+    """The index of a cache directory, whose lock the caller has. CacheError when it is missing, damaged or of
+    another cache. read_only: not a file of it is touched, and nothing can be changed."""
     data = path / DATA_FILE
     if not data.is_file():
         raise CacheError(f"the cache's index is missing: there is no {data}", _BEGIN_ANEW)
@@ -145,7 +146,7 @@ def open_index(path: Path, uuid: UUID, slot_count: int) -> Index:
     if faults:
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise CacheError(f"the cache's index {data} is damaged: {faults[0]}{more}", _BEGIN_ANEW)
-    index = Index(path, slot_count)
+    index = Index(path, slot_count, read_only=read_only)
     try:
         found = index.meta().uuid
         if found != uuid:
@@ -161,7 +162,7 @@ def open_index(path: Path, uuid: UUID, slot_count: int) -> Index:
 class Index:
     """An open index. Methods block. Changes may come from any thread; reading belongs to the opening."""
 
-    def __init__(self, path: Path, slot_count: int) -> None:
+    def __init__(self, path: Path, slot_count: int, *, read_only: bool = False) -> None:
         self.path = path
         self._writing = Lock()  # also: the map grows only while no transaction runs
         self.broken: str | None = None  # why no change is accepted any more
@@ -174,10 +175,13 @@ class Index:
                 mode=0o600,
                 sync=True,
                 metasync=True,
+                readonly=read_only,
+                lock=not read_only,
             )
         try:
             with self._translated("opened"):
-                self._env.reader_check()  # readers that were killed would hold old pages for ever
+                if not read_only:
+                    self._env.reader_check()  # readers that were killed would hold old pages for ever
                 self.meta_db = self._env.open_db(b"meta")
                 self._layers_db = self._env.open_db(b"layers")
                 self._rows_db = self._env.open_db(b"rows")

@@ -1,4 +1,4 @@
-"""Volumes whose directory was damaged, restored in part or filled; and how they are made, found and dropped."""
+"""Volumes whose directory was damaged, restored in part or filled; how they are made, found and dropped."""
 
 from __future__ import annotations
 

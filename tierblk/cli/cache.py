@@ -1,0 +1,27 @@
+"""Looks into a cache directory."""
+
+from __future__ import annotations
+
+import argparse
+
+from tierblk.cli import cache_verify
+
+NAME = "cache"
+HELP = "look into a cache directory"
+VERBS = (cache_verify,)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """COMMAND and what follows it."""
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for verb in VERBS:
+        sub = verbs.add_parser(
+            verb.NAME, description=verb.__doc__, help=verb.HELP, formatter_class=parser.formatter_class
+        )
+        verb.add_arguments(sub)
+        sub.set_defaults(look=verb.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the verb does."""
+    return int(args.look(args))
