@@ -11,7 +11,7 @@ import pytest
 from tests.cache_rig import changed_index, check_files, run_directory
 from tests.property.host import Host
 from tests.property.volume_daemon import NAME, URL, VolumeDaemon
-from tests.property.volume_world import SECTOR, Op, VolumeWorld
+from tests.property.volume_world import SECTOR
 from tierblk.core import BLOCK_BYTES
 from tierblk.errors import CacheError
 
@@ -148,17 +148,16 @@ def test_a_scratch_volume_outlives_a_kill_and_a_hand_over_but_no_power_cut(host:
     daemon.stop(clean=True)
 
 
-def test_a_flush_that_fails_is_told_and_so_are_later_ones() -> None:
-    """R7, from the commit and from C."""
-    world = VolumeWorld(20, has_base=False)
-    world.together([Op("write", 0, 8)])
-    world.daemon.gate.failing = "slots"
+def test_a_flush_that_fails_is_told_and_so_are_later_ones(host: Host) -> None:
+    """R7."""
+    daemon = opened(host)
+    daemon.door.write(0, MARK)
+    daemon.gate.failing = "slots"
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output error"):
-            world.daemon.door.flush()
+            daemon.door.flush()
     with pytest.raises(OSError, match="Input/output error"):
-        world.daemon.door.write(0, bytes(4096), fua=True)
-    world.daemon.door.write(0, bytes(4096))  # what nobody asks to be durable goes on
-    assert world.daemon.upkeep.trouble is not None
-    world.refused = True
-    world.close()
+        daemon.door.write(0, MARK, fua=True)
+    daemon.door.write(0, MARK)  # what nobody asks to be durable goes on
+    assert daemon.upkeep.trouble is not None
+    daemon.stop(clean=False)
