@@ -94,9 +94,7 @@ def _show(directory: Path, found: Found) -> None:
     if rows:
         put_table(("KIND", "WHAT", "SIZE", "HERE", "NOWHERE ELSE"), rows)
     if not found.clean:
-        say(
-            "the last daemon did not end in order: what its block maps say counts, as long as the machine runs"
-        )
+        say("the last daemon did not end in order: as long as the machine runs, its block maps count")
     if found.bad_superblocks:
         say(f"{found.bad_superblocks} of 2 superblocks cannot be read; the other one is good")
     for violation in found.violations[:SHOWN_MAX]:
