@@ -6,19 +6,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.torture import kills, reads
+from tests.torture import cuts, kills, reads
 from tests.torture.rig import put_summary, say
 
 
 def main() -> int:
     """The command line."""
     options = _parser().parse_args()
-    where = {"folder": options.folder, "images": options.images}
+    where = {} if options.run == "cuts" else {"folder": options.folder, "images": options.images}
     if options.run == "reads":
         faults = reads.FAULTS if options.faults is None else options.faults
         summary = reads.run(
             reads.Reads(options.seed, options.count, options.image_mib, options.threads, faults, **where)
         )
+    elif options.run == "cuts":
+        summary = cuts.go(cuts.Cuts(options.seed, options.count, options.folder))
     else:
         rounds = {kind: getattr(options, kind) for kind in kills.KINDS}
         summary = kills.run(
@@ -43,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         run.add_argument("--images", type=Path, default=Path("/srv"), help="a folder for the image")
         run.add_argument("--json", type=Path, help="the summary goes there too")
+    run = runs.add_parser("cuts", help=cuts.__doc__, description=cuts.__doc__)
+    run.add_argument("--seed", type=int, default=1)
+    run.add_argument("--count", type=int, default=200)
+    run.add_argument("--folder", type=Path, default=Path("/cache/cuts"), help="made, and removed afterwards")
+    run.add_argument("--json", type=Path, help="the summary goes there too")
     runs.choices["reads"].add_argument("--count", type=int, default=5000)
     runs.choices["reads"].add_argument(
         "--faults", help="for tests.faults; default: all that heal by themselves"

@@ -17,7 +17,7 @@ TEST_SUITE = "bookworm"
 TEST_ROOT_BYTES = 3 * GIB
 TEST_PACKAGES = [
     "python3", "kmod", "util-linux", "iproute2", "procps", "e2fsprogs", "fdisk", "curl", "nginx-light",
-    "fio", "strace", "xfsprogs", "btrfs-progs",
+    "fio", "strace", "xfsprogs", "btrfs-progs", "dmsetup",
     "liburing2", "nbdkit", "nbd-client",
 ]  # fmt: skip
 # Documentation is most of the files of a small root, and nobody reads it in a test.
