@@ -172,7 +172,10 @@ class Cache:
             await asyncio.to_thread(self._index.put_layer, record)
             self._spare.pop(layer_id, None)
             self._records[layer_id] = record
-            self._layers[layer_id] = spare or self._open_empty(record)
+            if spare is not None:
+                spare.become(mode)
+            else:
+                self._layers[layer_id] = self._open_empty(record)
             return self._layers[layer_id]
 
     async def drop_volume(self, name: str) -> None:
@@ -318,9 +321,7 @@ class Cache:
         """The engine's layer for an image of which nothing is cached, with its map stamped."""
         map_fd = self._maps.create(record.layer_id, record.size_bytes)
         try:
-            layer = self.engine.open_layer(
-                record.layer_id, map_fd, record.size_bytes, is_volume=record.is_volume
-            )
+            layer = self.engine.open_layer(record.layer_id, map_fd, record.size_bytes, kind=record.kind)
         except OSError as error:
             self._maps.forget(record.layer_id)
             raise CacheError(f"cannot make the block map of {record.shown}: {error.strerror}") from None

@@ -95,7 +95,7 @@ def _refuse_to_lose(index: Index, records: list[LayerRecord]) -> None:
 
 
 def _load_map(engine: Engine, map_fd: int, record: LayerRecord, loaded: Loaded) -> None:
-    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes, is_volume=record.is_volume)
+    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes, kind=record.kind)
     try:
         layer.warm_start()
     except ValueError as error:
@@ -126,7 +126,7 @@ def _load_rows(
         loaded.forgotten.append(record.layer_id)
         return
     map_fd = maps.create(record.layer_id, record.size_bytes)
-    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes, is_volume=record.is_volume)
+    layer = engine.open_layer(record.layer_id, map_fd, record.size_bytes, kind=record.kind)
     for row, packed in chain([first], rows):
         try:
             layer.load_row(row, packed, drop_clean=record.is_volume and not clean)

@@ -200,7 +200,7 @@ def layer_rows(cache: Cache) -> list[LayerRows]:
     return [
         LayerRows(
             layer_id,
-            "local" if layer.is_volume else "base",
+            layer.kind,
             layer.size_bytes,
             {row: layer.peek_row(row) for row in range(layer.rows)},
         )

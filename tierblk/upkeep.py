@@ -9,9 +9,10 @@ from typing import Any
 
 from tierblk.cache import Cache, Watermarks, commit_is_due, slots_to_evict
 from tierblk.config import Config
-from tierblk.core import EVICT, EVICTED, FLUSH, NEED_SPACE, Record
+from tierblk.core import BLOCK_BYTES, EVICT, EVICTED, FLUSH, NEED_SPACE, Record
 from tierblk.errors import TierblkError
 from tierblk.fill import Fills
+from tierblk.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,18 @@ class Upkeep:
 
     @property
     def trouble(self) -> str | None:
-        """What keeps the cache from keeping what is fetched, if anything does."""
-        return self._commit_failure or self._fills.slot_write_failure
+        """What keeps the cache from keeping what is fetched or written, if anything does."""
+        return self._commit_failure or self._fills.slot_write_failure or self._fullness()
+
+    def _fullness(self) -> str | None:
+        """That volumes have taken so much that the next write may find no room."""
+        stats = self._cache.engine.stats()
+        taken, slots = stats["volume_slots"], stats["slots"] - stats["bad"]
+        if not taken or slots - taken > self._marks.low_slots:
+            return None
+        waiting = f", and {stats['needy']} writes wait" if stats["needy"] else ""
+        shown = [format_size(count * BLOCK_BYTES) for count in (taken, slots)]
+        return f"the cache is full: volumes have {shown[0]} of its {shown[1]}{waiting}"
 
     def _keep(self, coroutine: Any) -> None:
         task = asyncio.create_task(coroutine)

@@ -51,7 +51,7 @@ def empty_engine() -> Iterator[tuple[Engine, dict[int, Layer]]]:
         yield (
             engine,
             {
-                layer_id: engine.open_layer(layer_id, fd, SIZES[layer_id], is_volume=True)
+                layer_id: engine.open_layer(layer_id, fd, SIZES[layer_id], kind="local")
                 for layer_id, fd in opened
             },
         )

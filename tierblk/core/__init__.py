@@ -100,12 +100,13 @@ class Engine:
             raise ValueError("the engine is closed")
         return self._engine
 
-    def open_layer(self, layer_id: int, map_fd: int, size_bytes: int, *, is_volume: bool = False) -> Layer:
-        """Maps a layer's block map; `map_fd` has to stay open until the engine is closed. Raises OSError."""
+    def open_layer(self, layer_id: int, map_fd: int, size_bytes: int, *, kind: str = "base") -> Layer:
+        """Maps a layer's block map; `map_fd` has to stay open until the engine is closed. kind: "base",
+        "local" or "scratch". Raises OSError."""
         out = ffi.new("tb_layer **")
-        rc = lib.tb_layer_open(self.handle, layer_id, map_fd, size_bytes, is_volume, out)
+        rc = lib.tb_layer_open(self.handle, layer_id, map_fd, size_bytes, _KINDS[kind], out)
         check(rc, f"cannot map layer {layer_id}")
-        layer = Layer(layer_id, out[0], size_bytes, is_volume)
+        layer = Layer(layer_id, out[0], size_bytes, kind)
         self.layers[layer_id] = layer
         return layer
 
@@ -219,9 +220,9 @@ class Flushes(NamedTuple):
 class Layer:
     """The block map of one layer; made by `Engine.open_layer`, valid until the engine is closed."""
 
-    def __init__(self, layer_id: int, handle: Any, size_bytes: int, is_volume: bool) -> None:
+    def __init__(self, layer_id: int, handle: Any, size_bytes: int, kind: str) -> None:
         self.layer_id = layer_id
-        self.is_volume = is_volume
+        self.kind = kind
         self.handle = handle
         self.size_bytes = size_bytes
         self.blocks = -(-size_bytes // BLOCK_BYTES)
@@ -236,6 +237,11 @@ class Layer:
             why = "bad checksum or length" if rc == -_EBADMSG else "masks or slots that cannot be"
             raise ValueError(f"row {row} of layer {self.layer_id}: {why}")
         check(rc, f"row {row} of layer {self.layer_id}")
+
+    def become(self, kind: str) -> None:
+        """An empty volume that no door shows begins another life, as "local" or "scratch". OSError EBUSY."""
+        check(lib.tb_layer_set_kind(self.handle, _KINDS[kind]), f"layer {self.layer_id}")
+        self.kind = kind
 
     def lose_row(self, row: int) -> None:
         """A volume's row that cannot be believed: its pages are errors until each is written anew (R9).
@@ -299,3 +305,8 @@ class Layer:
 
 
 _EINVAL, _EBADMSG, _EILSEQ = 22, 74, 84
+_KINDS: dict[str, int] = {
+    "base": lib.TB_LAYER_BASE,
+    "local": lib.TB_LAYER_LOCAL,
+    "scratch": lib.TB_LAYER_SCRATCH,
+}

@@ -95,8 +95,12 @@ int tb_slots_quarantine(tb_engine *engine, uint32_t slot);
 void tb_slots_commit_begin(tb_engine *engine);
 void tb_slots_commit_end(tb_engine *engine, int ok);
 
-/* Layers: the block map. */
-int tb_layer_open(tb_engine *engine, uint16_t id, int map_fd, uint64_t size_bytes, int is_volume, tb_layer **out);
+/* Layers: the block map. A scratch volume need not outlive the machine, so nobody waits for its FLUSH. */
+#define TB_LAYER_BASE 0
+#define TB_LAYER_LOCAL 1
+#define TB_LAYER_SCRATCH 2
+int tb_layer_open(tb_engine *engine, uint16_t id, int map_fd, uint64_t size_bytes, int kind, tb_layer **out);
+int tb_layer_set_kind(tb_layer *layer, int kind);
 int tb_layer_close(tb_layer *layer);
 int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length, int drop_clean);
 int tb_layer_bad_row(tb_layer *layer, uint64_t row);

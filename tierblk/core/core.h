@@ -83,7 +83,7 @@ struct tb_layer {
     uint32_t in_commit; /* the running commit has taken rows of it */
     int map_fd;
     uint16_t id;
-    bool is_volume;
+    bool is_volume, is_scratch;
 };
 
 typedef struct tb_hot tb_hot;

@@ -18,8 +18,18 @@ static uint64_t *bits_new(uint64_t bits, size_t *bytes)
     return p == MAP_FAILED ? NULL : p;
 }
 
+/* -EBUSY while a door uses it. */
+int tb_layer_set_kind(tb_layer *layer, int kind)
+{
+    if (TB_LOAD(&layer->doors))
+        return -EBUSY;
+    layer->is_volume = kind != TB_LAYER_BASE;
+    layer->is_scratch = kind == TB_LAYER_SCRATCH;
+    return 0;
+}
+
 /* Maps `map_fd` (header page, then 32 bytes a block), which stays the caller's to close. Before any door is open. */
-int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, int is_volume, tb_layer **out)
+int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, int kind, tb_layer **out)
 {
     if (id == 0 || id >= TB_MAX_LAYERS || e->layers[id] || size_bytes == 0)
         return -EINVAL;
@@ -30,7 +40,7 @@ int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, in
         return -ENOMEM;
     layer->engine = e;
     layer->id = id;
-    layer->is_volume = is_volume != 0;
+    tb_layer_set_kind(layer, kind);
     layer->map_fd = map_fd;
     layer->size_bytes = size_bytes;
     layer->blocks = tb_round_up(size_bytes, TB_BLOCK_BYTES) / TB_BLOCK_BYTES;

@@ -193,6 +193,9 @@ def test_a_volume_that_no_longer_fits_says_so_and_what_is_there_stays(
     direct = Direct(device)
     written = next(at for at in range(64) if not fits(direct, at))
     assert 14 <= written < 16
+    status = tierblk.status("full")
+    assert status["state"] == "degraded"
+    assert status["reason"].startswith("the cache is full: volumes have 1")
     for at in range(written):
         assert direct.read(at * MIB, MIB) == bytes([at + 1]) * MIB
     run("blkdiscard", "--offset", "0", "--length", str(4 * MIB), "--force", device)
