@@ -114,6 +114,9 @@ def test_a_dropped_volume_leaves_nothing_and_its_map_is_used_again(host: Host) -
         assert door.read(0, SIZE_BYTES) == bytes(SIZE_BYTES)
         door.write(5 * BLOCK_BYTES, MARK * 20)
         door.discard(6 * BLOCK_BYTES, BLOCK_BYTES)
+        door.flush()
+        door.write(8 * BLOCK_BYTES, MARK, fua=True)
+        assert door.stats()["flush_commits"] == 0, "nothing of it need be durable"
         door.drain()
         door.quit()
         door.close()

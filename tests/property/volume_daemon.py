@@ -102,7 +102,10 @@ class VolumeDaemon:
         self.base = self.run(self.cache.base_layer(URL, len(image), '"v1"')) if image else None
         over = (URL, len(image), '"v1"') if image else None
         self.volume = self.run(self.cache.volume_layer(NAME, "local", size_bytes, over))
-        self.door = LocalDoor(self.engine, self.base, volume=self.volume, queue_depth=queue_depth)
+        hot_bytes = 8 * BLOCK_BYTES if image else 0  # a memory tier, out of which nothing older may come
+        self.door = LocalDoor(
+            self.engine, self.base, volume=self.volume, queue_depth=queue_depth, hot_bytes=hot_bytes
+        )
         config: Any = SimpleNamespace(
             cache=SimpleNamespace(free_low_percent=0.0, free_high_percent=0.0, commit_interval=3600.0),
             daemon=SimpleNamespace(watchdog=0.0),
