@@ -23,8 +23,9 @@ from tierblk.cache.index import Index
 from tierblk.core import Engine, Layer
 from tierblk.errors import CacheError
 
-# Rows taken at a time, so that the event loop is not held for long: about a millisecond.
-BATCH_ROWS = 1024
+# Rows taken at a time, so that the event loop is not held for long: about a millisecond. Few at first, for a
+# FLUSH seldom finds many, and room for many costs more than they do.
+FIRST_ROWS, BATCH_ROWS = 16, 1024
 
 _UNSYNCED = (
     "the cache's slots could not be synced ({}); nothing more is recorded until the daemon is restarted"
@@ -161,11 +162,13 @@ class Committer:
         """All rows that were changed before step 1, and maybe later ones; of a row taken twice the later
         copy.
         """
-        while True:
-            batch = layer.take_changed(BATCH_ROWS)
+        most = FIRST_ROWS
+        while layer.changed():
+            batch = layer.take_changed(most)
             rows.update(batch)
-            if len(batch) < BATCH_ROWS:
+            if len(batch) < most:
                 return
+            most = BATCH_ROWS
             await asyncio.sleep(0)  # misses are served between batches
 
     def _persist(self, copies: dict[int, list[tuple[int, bytes]]]) -> tuple[int, int]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from errno import EIO, ENOSPC
 from pathlib import Path
 
 import pytest
 
-from tests.cache_rig import changed_index, check_files, run_directory
+from tests.cache_rig import changed_index, check_files, mounted, run_directory
+from tests.integration.test_cache_failing_disk import ext4_on_loop
 from tests.property.host import Host
 from tests.property.volume_daemon import NAME, URL, VolumeDaemon
 from tests.property.volume_world import SECTOR
 from tierblk.core import BLOCK_BYTES
 from tierblk.errors import CacheError
+from tierblk.units import MIB
 
 SLOTS = 300
 IMAGE = bytes(range(1, 251)) * (130 * BLOCK_BYTES // 250)
@@ -164,3 +168,40 @@ def test_a_flush_that_fails_is_told_and_so_are_later_ones(host: Host) -> None:
     daemon.door.write(0, MARK)  # what nobody asks to be durable goes on
     assert daemon.upkeep.trouble is not None
     daemon.stop(clean=False)
+
+
+def test_a_disk_that_fails_is_an_error_of_the_writer_and_what_was_kept_is_read(tmp_path: Path) -> None:
+    """A real one, under a real filesystem. A write that failed may be made again when the disk is well."""
+    with (
+        run_directory(tmp_path) as run_memory,
+        mounted("tmpfs", tmp_path / "memory", "size=80m") as memory,
+        ext4_on_loop(tmp_path / "disk", memory, 128 * MIB) as disk,
+    ):
+        host = Host(disk, run_memory)
+        daemon = VolumeDaemon(host, SLOTS, b"", SIZE_BYTES)
+        for block in range(20):
+            daemon.door.write(block * BLOCK_BYTES, MARK)
+        daemon.door.flush()
+        with (memory / "filler").open("wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, os.statvfs(memory).f_bavail * 4096)
+        failed = []
+        for block in range(20, 120):
+            try:
+                daemon.door.write(block * BLOCK_BYTES, MARK[::-1])
+            except OSError as error:
+                if error.errno not in (EIO, ENOSPC):
+                    raise
+                failed.append(block)
+        assert failed
+        for block in range(20):
+            assert daemon.door.read(block * BLOCK_BYTES, BLOCK_BYTES) == MARK
+        for block in set(range(20, 120)) - set(failed):
+            assert daemon.door.read(block * BLOCK_BYTES, BLOCK_BYTES) == MARK[::-1]
+        for block in failed:
+            assert daemon.door.read(block * BLOCK_BYTES, BLOCK_BYTES) == bytes(BLOCK_BYTES), "as it was"
+        assert daemon.check() == []
+        (memory / "filler").unlink()
+        for block in failed:
+            daemon.door.write(block * BLOCK_BYTES, MARK)
+            assert daemon.door.read(block * BLOCK_BYTES, BLOCK_BYTES) == MARK
+        daemon.stop(clean=False)

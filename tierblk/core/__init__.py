@@ -167,7 +167,7 @@ class Engine:
 
     def flushes_failed(self) -> bool:
         """A sync has failed, here or in C."""
-        return bool(self.stats()["flush_failed"])
+        return bool(lib.tb_flush_failed(self.handle))
 
     def no_space(self, error: int) -> None:
         """Writes that wait for a slot end in that errno: nothing can be freed for them."""

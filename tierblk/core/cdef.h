@@ -117,6 +117,7 @@ uint64_t tb_layer_cached_pages(tb_layer *layer);
 tb_req *tb_flush_take(tb_engine *engine);
 void tb_flush_done(tb_engine *engine, tb_req *batch, int result);
 void tb_flush_fail(tb_engine *engine);
+int tb_flush_failed(tb_engine *engine);
 void tb_no_space(tb_engine *engine, int result);
 
 /* What a device shows: a volume over a base; either may be missing. */

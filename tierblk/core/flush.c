@@ -74,6 +74,11 @@ void tb_flush_done(tb_engine *e, tb_req *batch, int result)
     tb_hand_back_all(batch, result);
 }
 
+int tb_flush_failed(tb_engine *e)
+{
+    return (int)__atomic_load_n(&e->flush_failed, __ATOMIC_SEQ_CST);
+}
+
 /* A sync has failed: no FLUSH and no FUA succeeds before the next start. */
 void tb_flush_fail(tb_engine *e)
 {

@@ -321,10 +321,7 @@ int tb_layer_put_back(tb_layer *layer, uint64_t row)
 
 int tb_layer_changed(tb_layer *layer)
 {
-    for (uint64_t group = 0; group < layer->words_bytes / 8; group++)
-        if (__atomic_load_n(&layer->changed_words[group], __ATOMIC_ACQUIRE))
-            return 1;
-    return 0;
+    return __atomic_load_n(&layer->changed_rows, __ATOMIC_SEQ_CST) != 0;
 }
 
 /* The row as it is now: 1 when it holds anything. */
