@@ -2,5 +2,6 @@
 
 from tierblk.cache.cache import Cache
 from tierblk.cache.evict import Watermarks, commit_is_due, slots_to_evict
+from tierblk.cache.start import StartMode
 
-__all__ = ["Cache", "Watermarks", "commit_is_due", "slots_to_evict"]
+__all__ = ["Cache", "StartMode", "Watermarks", "commit_is_due", "slots_to_evict"]

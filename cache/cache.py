@@ -143,6 +143,10 @@ class Cache:
         """The record of the volume of that name."""
         return next((r for r in self._records.values() if r.is_volume and r.name == name), None)
 
+    def scratch_volumes(self) -> list[str]:
+        """The names of those that are gone as soon as their devices are."""
+        return [record.name for record in self._records.values() if record.kind == "scratch"]
+
     async def volume_layer(
         self, name: str, mode: str, size_bytes: int, base: tuple[str, int, str] | None
     ) -> Layer:
@@ -170,12 +174,16 @@ class Cache:
             )
             record = replace(wanted, layer_id=layer_id)
             await asyncio.to_thread(self._index.put_layer, record)
-            self._spare.pop(layer_id, None)
-            self._records[layer_id] = record
             if spare is not None:
                 spare.become(mode)
+                del self._spare[layer_id]
             else:
-                self._layers[layer_id] = self._open_empty(record)
+                try:
+                    self._layers[layer_id] = self._open_empty(record)
+                except CacheError:
+                    await asyncio.to_thread(self._index.delete_layer, layer_id)
+                    raise
+            self._records[layer_id] = record
             return self._layers[layer_id]
 
     async def drop_volume(self, name: str) -> None:
@@ -185,22 +193,24 @@ class Cache:
         await _to_the_end(self._drop_volume(name))
 
     async def _drop_volume(self, name: str) -> None:
-        record = self.volume(name)
-        if record is None:
-            return
-        layer, block = self._layers[record.layer_id], 0
-        try:
-            while (next_block := layer.clear(block, _CLEAR_MAP_PAGES)) is not None:
-                block = next_block
-                await asyncio.sleep(0)
-        except OSError as error:
-            raise CacheError(f"the volume {name} cannot be dropped: {error.strerror}") from None
-        while layer.changed():
-            await self.commit()
-        await asyncio.to_thread(self._index.delete_layer, record.layer_id)
-        del self._records[record.layer_id]
-        # The engine keeps its map as long as it runs: the next volume of that size gets it.
-        self._spare[record.layer_id] = self._layers[record.layer_id]
+        async with self._opening:
+            record = self.volume(name)
+            if record is None:
+                return
+            layer, block = self._layers[record.layer_id], 0
+            try:
+                while (next_block := layer.clear(block, _CLEAR_MAP_PAGES)) is not None:
+                    block = next_block
+                    await asyncio.sleep(0)
+            except OSError as error:
+                raise CacheError(f"the volume {name} cannot be dropped: {error.strerror}") from None
+            await self.commit()  # also of rows that a running cycle has taken
+            while layer.changed():
+                await self.commit()
+            await asyncio.to_thread(self._index.delete_layer, record.layer_id)
+            del self._records[record.layer_id]
+            # The engine keeps its map as long as it runs: the next volume of that size gets it.
+            self._spare[record.layer_id] = layer
 
     async def commit(self) -> CommitReport:
         """Makes all that is cached durable; see commit.py. CacheError."""

@@ -178,6 +178,7 @@ class Committer:
             self.sync_slots(self._slots_fd)
             self.sync_sums(self._sums_fd)
         except OSError as error:
+            self._engine.fail_flushes()  # at once: C would take the next sync's success for this one's
             self._refusal = _UNSYNCED.format(error.strerror)
             raise CacheError(self._refusal) from None
         if not copies:

@@ -351,9 +351,12 @@ class Index:
             txn.put(_ID.pack(record.layer_id), json.dumps(fields).encode(), db=self._layers_db)
 
     def delete_layer(self, layer_id: int) -> None:
-        """The record of a layer that has no rows any more; durable when it returns."""
-        with self.changing(rows=1) as txn:
+        """The record of a layer, and whatever rows it has; durable when it returns."""
+        rows = [row for row, _ in self.rows(layer_id)]
+        with self.changing(rows=1 + len(rows)) as txn:
             txn.delete(_ID.pack(layer_id), db=self._layers_db)
+            for row in rows:
+                txn.delete(_ROW_KEY.pack(layer_id, row), db=self._rows_db)
 
     def begin_session(
         self,

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tierblk import takeover
+from tierblk import records, takeover
 from tierblk.bases import Bases
 from tierblk.cache import Cache
 from tierblk.config import Config, cache_conflicts
@@ -97,6 +97,10 @@ class Daemon:
         self._upkeep.start()
         log.info("serving %s (%s start)", settings.dir, cache.start_mode.value)
         await self._take_over_all()
+        # A device that has a record may wait, whatever the driver says at the moment.
+        known, _ = await self._run(records.read_all, cache.run_dir)
+        wait = {record.name for record in known} | self._devices.keys() | self._takeovers.keys()
+        await self._stacks.drop_orphans(wait)
 
     async def _end_fetches(self, layer_id: int) -> None:
         assert self._fills is not None
@@ -353,10 +357,14 @@ class Daemon:
                 )
             await waiting.take_away(self.run_dir, self._executor)
             self._takeovers.pop(name, None)
+            assert self._stacks is not None
+            await self._stacks.forget(name)
         else:
-            device = self._find(name)
-            await device.stop(force=force)
-            await self._forget(device)
+            self._find(name)
+            async with self._only_one(name):  # an attach of that name finds all of it, or nothing
+                device = self._find(name)
+                await device.stop(force=force)
+                await self._forget(device)
         log.info("%s is detached%s", name, ", whoever used it" if force else "")
 
     async def repin(self, name: str) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Collection
 from concurrent.futures import Executor
 
 from tierblk import partition
 from tierblk.bases import Bases
-from tierblk.cache import Cache
+from tierblk.cache import Cache, StartMode
 from tierblk.config import Config
 from tierblk.core import LocalDoor
 from tierblk.errors import CacheError, DeviceError
 from tierblk.layer import Stack, Volume
 from tierblk.remote import Identity
+
+log = logging.getLogger(__name__)
 
 
 class Stacks:
@@ -39,6 +43,11 @@ class Stacks:
         TierblkError."""
         name = config.device.name
         wanted, known = config.volume, None
+        if wanted is not None and goes_on and self._cache.start_mode not in (StartMode.WARM, StartMode.CLEAN):
+            raise DeviceError(
+                f"what is on {name} may be older than what its users saw: the cache's block maps are lost",
+                f"`tierblk detach --force {name}`, and check what is on it before it is used again",
+            )
         if wanted is not None:
             known = self._cache.volume(name)
             if known is not None and known.kind == "scratch" and not goes_on:
@@ -66,11 +75,27 @@ class Stacks:
                 await self.bases.release(base, user)
             raise
 
+    async def forget(self, name: str) -> None:
+        """The device of that name is gone, and with it its volume if that is a scratch one. CacheError."""
+        if name in self._cache.scratch_volumes():
+            await self._cache.drop_volume(name)
+
+    async def drop_orphans(self, wait: Collection[str]) -> None:
+        """Scratch volumes of devices that went with the daemon that served them. wait: names of devices that
+        are there, or may be."""
+        for name in self._cache.scratch_volumes():
+            if name not in wait:
+                log.info("dropping the scratch volume %s: its device is gone", name)
+                try:
+                    await self._cache.drop_volume(name)
+                except CacheError as error:  # its slots stay taken; everything else can be served
+                    log.error("%s", error)
+
     async def release(self, stack: Stack, user: str, *, goes_on: bool = False) -> None:
         """One user less. goes_on: the device waits for the next daemon; else a scratch volume is gone."""
         try:
-            if stack.volume is not None and stack.volume.mode == "scratch" and not goes_on:
-                await self._cache.drop_volume(stack.volume.name)
+            if stack.volume is not None and not goes_on:
+                await self.forget(stack.volume.name)
         finally:
             if stack.base is not None:
                 await self.bases.release(stack.base, user)

@@ -112,11 +112,17 @@ class Upkeep:
             engine.push([Record(EVICT, value=count)])
         elif commit_is_due(self._marks, free=free, quarantined=quarantined):
             self._keep(self._commit())
-        elif stats["needy"] and not (free or quarantined or self._evicting_slots):
+        elif stats["needy"] and free:
+            engine.no_space(0)  # they look again
+        elif stats["needy"] and not (quarantined or self._evicting_slots):
             if stats["volume_slots"] + stats["bad"] >= stats["slots"]:
                 engine.no_space(ENOSPC)
-            else:  # what is being read or filled at the moment can go soon
-                self._looking = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._make_space)
+            elif self._looking is None:  # what is being read or filled at the moment can go soon
+                self._looking = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._looking = None
+        self._make_space()
 
     async def _flush(self) -> None:
         """A commit for all FLUSHes that wait; it begins after they came (R7)."""

@@ -40,6 +40,7 @@ def test_r6_a_slot_freed_when_the_rows_were_taken_waits_for_the_next_commit(worl
         return rows
 
     layer.take_changed = take_and_evict  # type: ignore[method-assign]
+    layer.put_back([0])  # or there would be nothing to take
     world.commit()
     assert gone == [2]
     assert world.daemon.engine.quarantined_slots() == 2

@@ -13,7 +13,8 @@ VERBS = (cache_verify,)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """COMMAND and what follows it."""
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # with prog given, argparse need not make a formatter to find it out
+    verbs = parser.add_subparsers(prog="tierblk cache", title="commands", metavar="COMMAND", required=True)
     for verb in VERBS:
         sub = verbs.add_parser(
             verb.NAME, description=verb.__doc__, help=verb.HELP, formatter_class=parser.formatter_class

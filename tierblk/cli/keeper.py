@@ -232,7 +232,7 @@ class Keeper:
             lock_fd = os.open(
                 os.path.join(self.run_dir, "keeper"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
-            fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(lock_fd, fcntl.LOCK_SH)  # who looks whether a keeper is there has it for an instant
         except OSError:
             pass
 

@@ -29,6 +29,7 @@ NEXT_DAEMON_S = 10.0
 """Twice the longest pause of a keeper: whoever has not come by then dies before it serves."""
 KEEPER_END_S = 5.0
 POLL_S = 0.05
+DEATH_S = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,11 +104,16 @@ def _stop(daemon: Daemon, *, force: bool) -> None:
     # Before it is asked to stop: afterwards its number could be another process's.
     process_fd = daemon.process()
     try:
-        if not force:
-            blockdev.settle()
-            for device in daemon.devices():
-                blockdev.ensure_free(str(device.get("path")))
-        daemon.request("POST", "/v1/stop", {})
+        try:
+            if not force:
+                blockdev.settle()
+                for device in daemon.devices():
+                    blockdev.ensure_free(str(device.get("path")))
+            daemon.request("POST", "/v1/stop", {})
+        except DaemonError:
+            if wait_for_end(process_fd, DEATH_S):  # it broke off because it died
+                raise DeadSocket(str(daemon.run_dir)) from None
+            raise
         if not wait_for_end(process_fd, daemon.timeout_s):
             raise DaemonError(
                 f"{daemon} is still stopping after {daemon.timeout_s:g} s",

@@ -170,7 +170,7 @@ class Engine:
         return bool(lib.tb_flush_failed(self.handle))
 
     def no_space(self, error: int) -> None:
-        """Writes that wait for a slot end in that errno: nothing can be freed for them."""
+        """Writes that wait for a slot end in that errno: none can be freed for them. 0: they look again."""
         lib.tb_no_space(self.handle, -error)
 
     def stats(self) -> dict[str, int]:

@@ -61,6 +61,7 @@ static void write_edge(tb_req *req)
     req->length = (uint32_t)(stop - req->start);
     req->start = stop; /* it comes back to tb_clear_go when it is written */
     req->direct = 0;
+    req->since_ms = 0;
     req->phase = AT_WRITE;
     memset(req->buffer + req->offset % TB_PAGE_BYTES, 0, req->length);
     tb_write_lookup(req);

@@ -250,7 +250,7 @@ struct tb_engine {
     tb_req *needy;       /* writes that found no slot; a stack */
     uint32_t needy_count, volume_slots; /* volume_slots: that blocks of volumes have */
     tb_req *flushes;     /* that wait for a commit of which Python has not been told; a stack */
-    uint32_t flush_told, flush_failed;
+    uint32_t flush_told, flush_failed, failed_cycles;
     uint32_t drain_scan, filler_quit, need_space_told;
     uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
     uint32_t impatient; /* doors whose patience ends some time */

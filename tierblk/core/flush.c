@@ -36,8 +36,11 @@ void tb_sync(tb_req *req)
         tb_finish(req);
         return;
     }
-    /* In this order: rows are taken into a commit after in_commit is set. */
-    if (__atomic_load_n(&volume->changed_rows, __ATOMIC_SEQ_CST) || __atomic_load_n(&volume->in_commit, __ATOMIC_SEQ_CST)) {
+    /* In this order: rows are taken into a commit after in_commit is set, and a cycle that fails gives them back before it is
+     * cleared; one that did so between the two looks is counted. */
+    uint32_t failed = __atomic_load_n(&queue->engine->failed_cycles, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&volume->changed_rows, __ATOMIC_SEQ_CST) || __atomic_load_n(&volume->in_commit, __ATOMIC_SEQ_CST) ||
+        __atomic_load_n(&queue->engine->failed_cycles, __ATOMIC_SEQ_CST) != failed) {
         wait_for_commit(req);
         return;
     }
@@ -53,6 +56,8 @@ void tb_sync_done(tb_req *req, int result)
         tb_sync(req);
         return;
     }
+    if (tb_flush_failed(req->queue->engine)) /* somebody else's sync, which this one may have counted on */
+        req->result = -EIO;
     if (result < 0) { /* the kernel says it once; nobody is to take the next sync's success for this one's (R7) */
         tb_flush_fail(req->queue->engine);
         req->result = -EIO;

@@ -354,12 +354,18 @@ int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
     int failure = got == 64 ? 0 : got < 0 ? -errno : -EIO;
     tb_lock_take(stripe);
     entry->readers--;
+    tb_head now = entry->head;
+    uint32_t dropped = tb_entry_drop_slot(entry, &now);
+    if (dropped) {
+        tb_entry_store(entry, now);
+        tb_slot_quarantine(layer->engine, dropped);
+    }
     tb_lock_give(stripe);
     return failure ? failure : head.cached;
 }
 
-/* Takes everything from a volume that nobody shows any more, `pages` map pages from *block on, which it moves on. 0: all is gone,
- * and so is the memory of the map; 1: call again. The slots wait for the commit that deletes the rows (I4). Event loop. */
+/* Takes everything from a volume that nobody shows any more, `pages` map pages from *block on, which it moves on. 0: all is gone; 1: call
+ * again. The slots wait for the commit that deletes the rows (I4). Event loop. */
 int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
 {
     if (TB_LOAD(&layer->doors))

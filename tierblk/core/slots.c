@@ -157,6 +157,7 @@ void tb_needy_push(tb_engine *e, tb_req *req)
 void tb_needy_wake(tb_engine *e, bool (*whom)(const tb_req *req), int result)
 {
     tb_req *list = __atomic_exchange_n(&e->needy, NULL, __ATOMIC_SEQ_CST);
+    bool kept = false;
     while (list) {
         tb_req *req = list;
         list = req->next;
@@ -164,11 +165,22 @@ void tb_needy_wake(tb_engine *e, bool (*whom)(const tb_req *req), int result)
         if (whom && !whom(req)) {
             TB_ADD(&req->queue->stats.waiting, -1ull);
             tb_needy_push(e, req);
+            kept = true;
             continue;
         }
         req->result = result;
         tb_queue_hand_back(req);
     }
+    if (!kept)
+        return;
+    /* Who freed slots while those were off the list has woken nobody, and who was told has looked in vain. */
+    if (TB_LOAD(&e->free_count)) {
+        tb_needy_wake(e, NULL, 0);
+        return;
+    }
+    __atomic_store_n(&e->need_space_told, 0, __ATOMIC_SEQ_CST);
+    if (tb_need_space(e))
+        tb_ring_kick(&e->events);
 }
 
 /* Event loop: nothing can be evicted and no freed slot waits for a commit, or no commit succeeds. */
@@ -186,6 +198,8 @@ void tb_slot_give_back(tb_engine *e, uint32_t slot)
     __atomic_store_n(&e->free_count, e->free_count + 1, __ATOMIC_RELAXED);
     e->hint = slot;
     tb_lock_give(&e->slot_lock);
+    if (TB_LOAD(&e->needy_count))
+        tb_needy_wake(e, NULL, 0);
 }
 
 /* For a slot that a block just lost: not written until the commit that unmaps it is durable (I4). The row must be
@@ -240,6 +254,8 @@ void tb_slots_commit_end(tb_engine *e, int ok)
         __atomic_store_n(&e->quarantined, e->quarantined - released, __ATOMIC_RELAXED);
     }
     tb_lock_give(&e->slot_lock);
+    if (!ok)
+        __atomic_fetch_add(&e->failed_cycles, 1, __ATOMIC_SEQ_CST);
     for (unsigned id = 1; id < TB_MAX_LAYERS; id++) /* after a failed cycle its rows are changed again, R7 */
         if (e->layers[id])
             __atomic_store_n(&e->layers[id]->in_commit, 0, __ATOMIC_SEQ_CST);

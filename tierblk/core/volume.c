@@ -264,6 +264,7 @@ static bool settle(tb_layer *volume, tb_head *head, uint16_t pages, uint16_t cle
         head->dirty |= pages;
         head->zero &= (uint16_t)~pages;
     } else { /* R3: of a clean page nobody knows what is in the slot now, and somebody else has it */
+        clean &= head->cached; /* not what a discard has made zeros meanwhile */
         head->cached &= (uint16_t)~clean;
         head->dirty &= (uint16_t)~clean;
     }

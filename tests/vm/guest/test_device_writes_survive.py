@@ -124,3 +124,19 @@ def test_a_hand_over_keeps_a_scratch_volume(scratch: Path, tierblk: Tierblk) -> 
     tierblk.run("stop")
     assert tierblk.attach(config).read_bytes()[:MIB] == bytes(MIB), "a stop is the end of it"
     tierblk.run("stop")
+
+
+def test_a_scratch_volume_goes_with_a_device_that_dies_with_its_daemon(
+    scratch: Path, tierblk: Tierblk
+) -> None:
+    cache = scratch / "cache"
+    keys: dict[str, Any] = {"volume__mode": "scratch", "volume__size": "16MiB", "device__recovery": False}
+    device = tierblk.attach(tierblk.config("dies", None, cache, "64MiB", **keys))
+    device.write_bytes(b"x" * MIB)
+    daemon = DaemonProcess(cache)
+    daemon.signal(signal.SIGKILL)
+    daemon.ended(30)
+    tierblk.attach(tierblk.config("next", None, cache, "64MiB", **keys))
+    (daemon_now,) = tierblk.json("status")["daemons"]
+    assert [layer["name"] for layer in daemon_now["cache"]["layers"]] == ["next"]
+    tierblk.run("stop")
