@@ -24,10 +24,10 @@ from tests.vm.guest.helpers import Tierblk
 from tierblk.rundir import RUN_DIR_VARIABLE
 
 PAGE = 4096
-DISK_BYTES = 192 * MIB
+DISK_BYTES = 96 * MIB
 LOG_BYTES = 6 * 1024 * MIB
-CACHE = "48MiB"
-VOLUME_BYTES = 28 * MIB
+CACHE = "20MiB"
+VOLUME_BYTES = 12 * MIB
 FLUSH_EACH = 12
 _STAMP = struct.Struct("<QQ")
 COMMAND_LIMIT_S = 120

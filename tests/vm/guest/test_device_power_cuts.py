@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.torture.cuts import Cuts, go
 
-CUTS = 5
+CUTS = 4
 
 
 def test_i2_what_was_flushed_is_there_after_a_power_cut(scratch: Path) -> None:
