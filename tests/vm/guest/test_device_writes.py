@@ -106,7 +106,7 @@ def assert_zero_or(direct: Direct, model: bytearray, start: int, length: int) ->
         model[start + at : start + at + SECTOR] = sector
 
 
-# Not every pair on every kernel: what differs between planes and queues is looked at in the tests of reads too.
+# Not every pair on every kernel: what differs between planes and queues is looked at by tests of reads too.
 @pytest.mark.parametrize(
     ("plane", "queues"), [("copy", 1), ("zero-copy", 2)] if HAS_ZERO_COPY else [("copy", 2)]
 )
