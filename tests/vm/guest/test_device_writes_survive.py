@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.vm.guest.device_rig import MIB, DaemonProcess, wait_for_status
+from tests.vm.guest.device_rig import DaemonProcess, wait_for_status
 from tests.vm.guest.helpers import Tierblk
 from tests.vm.guest.test_device_filesystems import mounted
 from tests.vm.guest.test_device_planes import PLANES
@@ -103,42 +103,4 @@ def test_kill_9_under_writers_is_a_pause(plane: str, scratch: Path, tierblk: Tie
     for name in ("raw", "ext4"):
         now = wait_for_status(tierblk, name, lambda now: now["state"] == "ok")
         assert now["recovered"] >= now["attached"]
-    tierblk.run("stop")
-
-
-def test_a_hand_over_keeps_a_scratch_volume(scratch: Path, tierblk: Tierblk) -> None:
-    """SIGTERM leaves the device to the next daemon, and what was written to it."""
-    cache = scratch / "cache"
-    config = tierblk.config("handed", None, cache, "64MiB", volume__mode="scratch", volume__size="16MiB")
-    device = tierblk.attach(config)
-    data = random.Random(6).randbytes(MIB)
-    with open(device, "r+b") as file:
-        file.write(data)
-        file.flush()
-        daemon = DaemonProcess(cache)
-        daemon.signal(signal.SIGTERM)
-        daemon.ended(30)
-        tierblk.attach(config)
-        file.seek(0)
-        assert file.read(MIB) == data
-    run("blockdev", "--flushbufs", device)
-    assert device.read_bytes()[:MIB] == data
-    tierblk.run("stop")
-    assert tierblk.attach(config).read_bytes()[:MIB] == bytes(MIB), "a stop is the end of it"
-    tierblk.run("stop")
-
-
-def test_a_scratch_volume_goes_with_a_device_that_dies_with_its_daemon(
-    scratch: Path, tierblk: Tierblk
-) -> None:
-    cache = scratch / "cache"
-    keys: dict[str, Any] = {"volume__mode": "scratch", "volume__size": "16MiB", "device__recovery": False}
-    device = tierblk.attach(tierblk.config("dies", None, cache, "64MiB", **keys))
-    device.write_bytes(b"x" * MIB)
-    daemon = DaemonProcess(cache)
-    daemon.signal(signal.SIGKILL)
-    daemon.ended(30)
-    tierblk.attach(tierblk.config("next", None, cache, "64MiB", **keys))
-    (daemon_now,) = tierblk.json("status")["daemons"]
-    assert [layer["name"] for layer in daemon_now["cache"]["layers"]] == ["next"]
     tierblk.run("stop")
