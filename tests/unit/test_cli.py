@@ -248,6 +248,21 @@ class TestDetachAndStop:
         assert not kept.is_kept(daemon.run_dir)
         assert cli("status").err == "no daemon is running\n"
 
+    def test_stop_finds_a_keeper_whose_daemon_has_left_no_socket(self, cli: Cli) -> None:
+        cli("attach", cli.config("a"))
+        (daemon,) = client.candidates()
+        pid = cli.daemon_info()["pid"]
+        keeper_pid = os.getpgid(pid)
+        os.kill(keeper_pid, signal.SIGSTOP)  # it pauses, as it were
+        os.kill(pid, signal.SIGKILL)
+        (daemon.run_dir / SOCKET_NAME).unlink()
+        assert client.candidates() == []
+        stopping = cli.popen("stop", "--json")
+        os.kill(keeper_pid, signal.SIGCONT)
+        assert cli.finish(stopping).json["stopped"] == [f"{cli.folder}/cache"]
+        assert not kept.is_kept(daemon.run_dir)
+        assert cli("status").err == "no daemon is running\n"
+
     def test_stop_ends_a_keeper_whose_daemon_somebody_else_has_replaced(self, cli: Cli) -> None:
         """It would come back from its pause when the other daemon is gone, and start one."""
         cli("attach", cli.config("a"))

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from tierblk.rundir import STOPPED_NAME
+from tierblk.rundir import STOPPED_NAME, run_root
 
 POLL_S = 0.05
 
@@ -22,6 +22,14 @@ def is_kept(run_dir: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def run_dirs() -> set[Path]:
+    """Of all keepers that are there."""
+    try:
+        return {path for path in run_root().iterdir() if is_kept(path)}
+    except OSError:
+        return set()
 
 
 def dismiss(run_dir: Path) -> None:

@@ -14,7 +14,8 @@ import json
 import os
 import time
 
-from tierblk.cli import blockdev, kept
+from tierblk import records
+from tierblk.cli import blockdev, kept, orphans
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.client import Daemon, DeadSocket, candidates, same_directory
 from tierblk.cli.output import complain, put_json, say, warn
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     stopped: list[str] = []
     warnings: list[str] = []
     failed: TierblkError | None = None
-    for daemon in candidates(args.timeout_s):
+    for daemon in _daemons(args.timeout_s):
         if args.cache_dir is not None and not same_directory(daemon.cache_dir, args.cache_dir):
             continue
         try:
@@ -63,6 +64,16 @@ def run(args: argparse.Namespace) -> int:
     elif not stopped and not failed:
         say("no daemon is running" if args.cache_dir is None else f"no daemon serves {args.cache_dir}")
     return failed.exit_code if failed else 0
+
+
+def _daemons(timeout_s: float) -> list[Daemon]:
+    """All that run, and those that keepers are about to start: one that died early has left no socket."""
+    found = candidates(timeout_s)
+    for run_dir in kept.run_dirs() - {daemon.run_dir for daemon in found}:
+        known, _ = records.read_all(run_dir)
+        cache_dir = orphans.cache_of(run_dir, known[0] if known else None)
+        found.append(Daemon(run_dir, {"cache_dir": cache_dir} if cache_dir else {}, timeout_s))
+    return found
 
 
 def _stop_with_keeper(daemon: Daemon, *, force: bool) -> bool:

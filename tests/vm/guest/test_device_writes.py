@@ -21,7 +21,7 @@ from tests.vm.guest.test_device_planes import HAS_ZERO_COPY
 SECTOR = 512
 BASE_BYTES = 6 * MIB + 3 * SECTOR
 VOLUME_BYTES = 8 * MIB + 5 * SECTOR
-STEPS = 100
+STEPS = 70
 COMMAND_LIMIT_S = 120
 
 
@@ -136,7 +136,7 @@ def test_what_is_written_is_read_on_every_plane(
     direct.close()
     tierblk.run("stop")
     device = tierblk.attach(config)
-    change_at_random(device, model, seed=103, steps=30)
+    change_at_random(device, model, seed=103, steps=20)
     tierblk.run("stop")
 
 

@@ -21,7 +21,7 @@ from tests.vm.guest.test_device_planes import PLANES
 from tests.vm.guest.test_device_survives import daemon_again
 from tests.vm.guest.test_device_writes import run
 
-KILLS = int(os.environ.get("TIERBLK_KILLS", "4"))
+KILLS = int(os.environ.get("TIERBLK_KILLS", "3"))
 """Of each kind; 60 of them are two minutes."""
 KILLS_FEW = KILLS < 10
 PACE_S = 2.0

@@ -15,7 +15,7 @@ from tests.vm.guest.device_rig import MIB, DaemonProcess
 from tests.vm.guest.helpers import Tierblk
 from tests.vm.guest.test_device_writes import Direct, run
 
-CUTS = 4
+CUTS = 3
 
 
 def test_i2_what_was_flushed_is_there_after_a_power_cut(scratch: Path) -> None:
