@@ -214,6 +214,8 @@ def _look(tierblk: Tierblk, config: Path, history: History, flushes: int, where:
 def go(plan: Cuts) -> dict[str, Any]:
     """The summary: how many cuts, and what was wrong."""
     progress = _Progress()
+    for module in ("loop", "dm-log-writes"):  # where they are not built in
+        subprocess.run(["modprobe", module], capture_output=True, timeout=COMMAND_LIMIT_S)
     shutil.rmtree(plan.folder, ignore_errors=True)
     plan.folder.mkdir(parents=True)
     name = f"tierblk-cuts-{os.getpid()}"
