@@ -1,10 +1,12 @@
 """The local tier: a cache directory, its index and the engine over them, from opening to clean stop.
 
-cache = Cache.open(settings, run_dir, make_engine)     in a thread that may block
-layer = await cache.base_layer(url, size_bytes, validator)
-layer = await cache.volume_layer(name, "local", size_bytes, base)
-await cache.commit()                                   on a timer, or when slots run low
-await cache.close()
+    cache = Cache.open(settings, run_dir, make_engine)     in a thread that may block
+    layer = await cache.base_layer(url, size_bytes, validator)
+    layer = await cache.volume_layer(name, "local", size_bytes, base)
+    await cache.commit()                                   on a timer, or when slots run low
+    await cache.close()
+
+A volume that is dropped leaves its map to the next one of its size.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Ended:
     pages: int
 
 
-def _begun(function: Callable[..., T], *args: Any) -> Future[T]:
+def begun(function: Callable[..., T], *args: Any) -> Future[T]:
     """A call in a thread of its own, which nobody has to wait for: in an engine that forgot a request (I11)
     it never ends, and the trace is to be shown nevertheless."""
     future: Future[T] = Future()
@@ -197,7 +197,7 @@ class Daemon:
 
     def read(self, door: str, offset: int, length: int) -> Reading:
         """Begins a read of an open door."""
-        reading = Reading(door, offset, length, _begun(self.doors[door].read, offset, length))
+        reading = Reading(door, offset, length, begun(self.doors[door].read, offset, length))
         if door in self.drained:
             reading.allowed.add(EIO)
         if door in self.hasty:

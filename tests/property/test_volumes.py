@@ -156,4 +156,4 @@ class VolumeMachine(RuleBasedStateMachine):
 
 @pytest.mark.timeout(600)
 class TestVolumes(VolumeMachine.TestCase):  # type: ignore[misc, valid-type]  # made at run time
-    settings = effort(examples=25, steps=40, shrink=False)
+    settings = effort(examples=50, steps=40, shrink=False)

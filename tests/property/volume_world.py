@@ -12,9 +12,8 @@ import random
 import shutil
 import struct
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from errno import ENOSPC
 from pathlib import Path
 
 from tests.cache_rig import layer_rows, read_superblock
+from tests.property.daemon import begun
 from tests.property.host import Host
 from tests.property.volume_daemon import TIMEOUT_S, VolumeDaemon
 from tierblk.cache.invariants import (
@@ -32,8 +32,8 @@ from tierblk.cache.invariants import (
     check_index,
     check_session,
 )
-from tierblk.cache.start import StartMode
-from tierblk.core import BLOCK_BYTES, PAGE_BYTES
+from tierblk.cache.rows import Entry, entries_of
+from tierblk.core import BLOCK_BYTES, EVICT, PAGE_BYTES, Record
 from tierblk.errors import CacheError
 
 SECTOR = 512
@@ -66,19 +66,6 @@ def sector_bytes(value: int, sector: int, image: bytes) -> bytes:
     return bytes(SECTOR)
 
 
-def _begun(function, *arguments) -> Future:  # type: ignore[no-untyped-def, type-arg]
-    future: Future[object] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="call", daemon=True).start()
-    return future
-
-
 class VolumeWorld:
     """slots: of the cache, without the superblock's."""
 
@@ -93,10 +80,8 @@ class VolumeWorld:
         self.now: list[set[int]] = [{ORIGIN} for _ in range(SECTORS)]
         self.cut: list[set[int]] = [{ORIGIN} for _ in range(SECTORS)]
         self.values = 0
-        self.commits_held = False
         self.held: Future[object] | None = None
         self.refused = False
-        self.full = 0
         self.daemon = VolumeDaemon(self.host, slots + 1, self.image, DEVICE_BYTES)
 
     def close(self) -> None:
@@ -131,7 +116,7 @@ class VolumeWorld:
                 for sector in self._changed(op):
                     self.now[sector].add(value)
                     self.cut[sector].add(value)
-            calls.append((op, _begun(self._do, op, values.get(op, 0))))
+            calls.append((op, begun(self._do, op, values.get(op, 0))))
         if crash:
             return
         self._wait(call for _, call in calls)
@@ -231,7 +216,6 @@ class VolumeWorld:
 
     def _is_full(self) -> None:
         """ENOSPC is right only when every slot holds what nobody else has."""
-        self.full += 1
         stats = self.daemon.engine.stats()
         dirty = sum(
             1
@@ -248,7 +232,7 @@ class VolumeWorld:
             self.let_go()
         self.daemon.hold(True)
         before = [set(values) for values in self.now]
-        reading = _begun(self._do, read, 0)
+        reading = begun(self._do, read, 0)
         self.together([write])
         self.daemon.hold(False)
         self._wait([reading])
@@ -259,7 +243,7 @@ class VolumeWorld:
     def flush_if_it_does_not_wait(self) -> None:
         """While a commit is held a FLUSH waits for the next one; one that does not has made its promise."""
         floor, snapshot = [set(values) for values in self.now], self.host.content("slots")
-        flush = _begun(self._do, Op("flush"), 0)
+        flush = begun(self._do, Op("flush"), 0)
         waits = self.daemon.door.stats()["flush_commits"]
         while not flush.done() and self.daemon.door.stats()["flush_commits"] == waits:
             if self.daemon.door.stats()["active"] and self.daemon.door.stats()["waiting"]:
@@ -273,7 +257,7 @@ class VolumeWorld:
         per_call = 700
         for at in range(0, SECTORS, per_call):
             op = Op("read", at, min(per_call, SECTORS - at))
-            call = _begun(self._do, op, 0)
+            call = begun(self._do, op, 0)
             self._wait([call])
             self._judge(op, call.result(), narrow=True)
 
@@ -289,8 +273,8 @@ class VolumeWorld:
         if hold and not cycle.done():
             self.held = cycle
             return
-        self.daemon.gate.hold = None  # it had no rows to write
         self._end(cycle, failing)
+        self.daemon.gate.hold = self.daemon.gate.failing = None  # it had no rows to write: not the next one's
 
     def let_go(self, failing: str | None = None) -> None:
         if self.held is not None:
@@ -314,8 +298,6 @@ class VolumeWorld:
 
     def evict(self) -> None:
         """Everything that may go."""
-        from tierblk.core import EVICT, Record
-
         self.daemon._on_loop(lambda: self.daemon.engine.push([Record(EVICT, value=self.slots)]))
 
     # -- sessions ---
@@ -325,7 +307,7 @@ class VolumeWorld:
         self.daemon.stop(clean=not self.refused)
         if not self.refused:
             self.cut = [set(values) for values in self.now]
-        self._begin(StartMode.WARM if self.refused else StartMode.CLEAN)
+        self._begin()
 
     def crash(self, *, kill: bool, seed: int = 0, ops: Sequence[Op] = ()) -> None:
         """Kill or power cut, in the middle of the operations; then a new daemon, and all of it read."""
@@ -349,18 +331,17 @@ class VolumeWorld:
             shutil.rmtree(path)
         if not kill:
             self.now = [set(values) for values in self.cut]
-        self._begin(StartMode.WARM if kill else StartMode.UNCLEAN)
+        self._begin()
         if not kill:
             self.cut = [set(values) for values in self.now]
 
-    def _begin(self, mode: StartMode) -> None:
+    def _begin(self) -> None:
         self.refused = False
         self.daemon = VolumeDaemon(self.host, self.slots + 1, self.image, DEVICE_BYTES)
         self.host.rows = {
             record.layer_id: dict(self.daemon.cache._index.rows(record.layer_id))
             for record in self.daemon.cache._index.layers()
         }
-        del mode
         self.verify()
 
     # -- what must hold ---
@@ -391,8 +372,6 @@ class VolumeWorld:
         assert (door["active"], door["waiting"]) == (0, 0), f"I11: {door}"
 
 
-def _entries(rows: LayerRows):  # type: ignore[no-untyped-def]
-    from tierblk.cache.rows import entries_of
-
+def _entries(rows: LayerRows) -> Iterator[Entry]:
     for packed in rows.rows.values():
         yield from entries_of(packed)

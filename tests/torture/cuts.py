@@ -20,7 +20,7 @@ from zlib import crc32
 
 from tests.torture.logwrites import Log
 from tests.torture.rig import MIB, SAY_EACH_S, say
-from tests.vm.guest.helpers import Tierblk
+from tests.vm.guest.helpers import COMMAND_LIMIT_S, Tierblk, mounted, run
 from tierblk.rundir import RUN_DIR_VARIABLE
 
 PAGE = 4096
@@ -30,7 +30,6 @@ CACHE = "20MiB"
 VOLUME_BYTES = 12 * MIB
 FLUSH_EACH = 12
 _STAMP = struct.Struct("<QQ")
-COMMAND_LIMIT_S = 120
 
 
 class _Progress:
@@ -43,14 +42,6 @@ class _Progress:
         if time.monotonic() - self._said_s >= SAY_EACH_S:
             self._said_s = time.monotonic()
             say(text)
-
-
-def run(*words: str | Path) -> str:
-    """Its output; it has to succeed."""
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
-    if done.returncode:
-        raise AssertionError(f"{' '.join(map(str, words))}: {done.stdout}{done.stderr}")
-    return done.stdout.strip()
 
 
 def page_of(number: int, version: int) -> bytes:
@@ -105,16 +96,6 @@ def _loop(file: Path, size_bytes: int) -> Iterator[Path]:
         yield device
     finally:
         run("losetup", "--detach", device)
-
-
-@contextmanager
-def _mounted(device: Path, folder: Path) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
-    run("mount", device, folder)
-    try:
-        yield
-    finally:
-        run("umount", folder)
 
 
 @contextmanager
@@ -233,7 +214,7 @@ def go(plan: Cuts) -> dict[str, Any]:
         _logged(data, log, name) as logged,
     ):
         run("mkfs.ext4", "-q", "-F", "-E", "nodiscard", logged)
-        with _mounted(logged, disk):
+        with mounted(logged, disk):
             device = tierblk.attach(config)
             history = _work(device, plan, name, progress)
             status = tierblk.status("cuts")
@@ -274,7 +255,7 @@ def _after(
     fresh = Path(f"/run/tierblk-cut-{os.getpid()}")
     os.environ[RUN_DIR_VARIABLE] = str(fresh)
     try:
-        with _loop(copy, DISK_BYTES) as device, _mounted(device, disk):
+        with _loop(copy, DISK_BYTES) as device, mounted(device, disk):
             return _look(tierblk, config, history, flushes, where)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

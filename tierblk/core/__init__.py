@@ -159,7 +159,7 @@ class Engine:
 
     def end_flushes(self, flushes: Flushes, *, error: int = 0) -> None:
         """They are durable, or end in that errno."""
-        lib.tb_flush_done(self.handle, flushes.handle, -error)
+        lib.tb_flush_done(flushes.handle, -error)
 
     def fail_flushes(self) -> None:
         """A sync has failed: every FLUSH and FUA ends in EIO from now on, until the next start (R7)."""

@@ -106,6 +106,7 @@ void tb_zeros_done(tb_req *req, int result, uint32_t expected);
 uint64_t tb_copy_pos(const tb_req *req);
 void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes);
 uint16_t tb_pages_of(uint32_t offset, uint32_t length);
+uint16_t tb_whole_pages_of(uint32_t offset, uint32_t length);
 
 /* hot.c */
 int tb_hot_new(uint64_t bytes, tb_hot **out);

@@ -115,7 +115,7 @@ uint64_t tb_layer_cached_pages(tb_layer *layer);
 
 /* FLUSHes that wait for a commit: a batch that the next whole cycle is for, NULL when there is none; and its end. */
 tb_req *tb_flush_take(tb_engine *engine);
-void tb_flush_done(tb_engine *engine, tb_req *batch, int result);
+void tb_flush_done(tb_req *batch, int result);
 void tb_flush_fail(tb_engine *engine);
 int tb_flush_failed(tb_engine *engine);
 void tb_no_space(tb_engine *engine, int result);

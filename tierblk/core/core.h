@@ -119,7 +119,7 @@ struct tb_req {
 } __attribute__((aligned(64)));
 
 /* What a request is at, and so what follows when it comes back. AT_OLD: a sub-page write reads the pages that it changes in
- * part, `buffer`'s neighbour in `olds` is where they go. */
+ * part, to its tag's block in `olds`. */
 enum { AT_READ, AT_OLD, AT_WRITE, AT_CLEAR, AT_SYNC };
 
 enum { PIN_VOLUME = 1, PIN_BASE = 2 };
@@ -294,6 +294,15 @@ static inline void *tb_ud_pointer(uint64_t ud)
 static inline uint32_t tb_ud_bytes(uint64_t ud)
 {
     return (uint32_t)(ud >> 56) * TB_SECTOR;
+}
+
+/* Onto a stack that any thread may push to. */
+static inline void tb_push_req(tb_req **stack, tb_req *req)
+{
+    tb_req *head = TB_LOAD(stack);
+    do
+        req->next = head;
+    while (!__atomic_compare_exchange_n(stack, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
 }
 
 static inline tb_stripe_state *tb_stripe_of(const tb_layer *layer, uint64_t block)

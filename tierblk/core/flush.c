@@ -11,10 +11,7 @@ static void wait_for_commit(tb_req *req)
     tb_engine *e = req->queue->engine;
     TB_COUNT(&req->queue->stats.flush_commits, 1);
     TB_ADD(&req->queue->stats.waiting, 1);
-    tb_req *head = TB_LOAD(&e->flushes);
-    do
-        req->next = head;
-    while (!__atomic_compare_exchange_n(&e->flushes, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    tb_push_req(&e->flushes, req);
     if (!__atomic_exchange_n(&e->flush_told, 1, __ATOMIC_SEQ_CST)) {
         tb_say(e, (tb_record){.kind = TB_EV_FLUSH});
         tb_ring_kick(&e->events);
@@ -73,9 +70,8 @@ tb_req *tb_flush_take(tb_engine *e)
 }
 
 /* Any thread: that cycle is over. */
-void tb_flush_done(tb_engine *e, tb_req *batch, int result)
+void tb_flush_done(tb_req *batch, int result)
 {
-    (void)e;
     tb_hand_back_all(batch, result);
 }
 

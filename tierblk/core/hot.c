@@ -186,19 +186,12 @@ static frame *win(tb_hot *hot, uint64_t block)
     return least;
 }
 
-/* The pages that lie in a request from end to end. */
-static uint16_t whole_pages(const tb_req *req)
-{
-    uint32_t first = (req->offset + TB_PAGE_BYTES - 1) / TB_PAGE_BYTES, stop = (req->offset + req->length) / TB_PAGE_BYTES;
-    return first < stop ? (uint16_t)((1u << stop) - (1u << first)) : 0;
-}
-
 /* A request is about to be read from its slot: whether its block belongs into memory, and it shall bring its bytes there.
  * It is no direct one then, since what goes straight into its pages is seen by nobody else. */
 void tb_hot_consider(tb_req *req)
 {
     tb_hot *hot = req->queue->hot;
-    if (!whole_pages(req))
+    if (!tb_whole_pages_of(req->offset, req->length))
         return;
     frame *taken = find(hot, req->block);
     if (taken)
@@ -214,7 +207,7 @@ void tb_hot_consider(tb_req *req)
 /* It has been read: its whole pages are in memory from now on. */
 void tb_hot_keep(tb_req *req)
 {
-    uint16_t pages = whole_pages(req);
+    uint16_t pages = tb_whole_pages_of(req->offset, req->length);
     uint32_t skipped = (uint32_t)__builtin_ctz(pages) * TB_PAGE_BYTES - req->offset; /* a part of a page before them */
     frame *taken = frame_of(req);
     memcpy(bytes_of(req, taken) + skipped, req->data + skipped, (size_t)__builtin_popcount(pages) * TB_PAGE_BYTES);

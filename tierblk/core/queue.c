@@ -27,10 +27,7 @@ void tb_queue_hand_back(tb_req *req)
     tb_queue *queue = req->queue;
     TB_ADD(&queue->visitors, 1); /* seen by whoever sees the request in the inbox */
     TB_ADD(&queue->stats.waiting, -1ull);
-    tb_req *head = TB_LOAD(&queue->inbox);
-    do
-        req->next = head;
-    while (!__atomic_compare_exchange_n(&queue->inbox, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    tb_push_req(&queue->inbox, req);
     tb_queue_wake(queue);
     __atomic_fetch_sub(&queue->visitors, 1, __ATOMIC_RELEASE);
 }

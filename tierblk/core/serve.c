@@ -9,6 +9,13 @@ uint16_t tb_pages_of(uint32_t offset, uint32_t length)
     return (uint16_t)((2u << last) - (1u << first));
 }
 
+/* Those that it covers from end to end; of a device that ends inside its tail page never that one. */
+uint16_t tb_whole_pages_of(uint32_t offset, uint32_t length)
+{
+    uint32_t first = (offset + TB_PAGE_BYTES - 1) / TB_PAGE_BYTES, stop = (offset + length) / TB_PAGE_BYTES;
+    return first < stop ? (uint16_t)((1u << stop) - (1u << first)) : 0;
+}
+
 /* The request's bytes that lie in pages [first, last], as a range within the block. */
 static void span(const tb_req *req, uint32_t first, uint32_t last, uint32_t *start, uint32_t *end)
 {

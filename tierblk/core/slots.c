@@ -147,10 +147,7 @@ void tb_needy_push(tb_engine *e, tb_req *req)
 {
     TB_ADD(&req->queue->stats.waiting, 1);
     TB_ADD(&e->needy_count, 1);
-    tb_req *head = TB_LOAD(&e->needy);
-    do
-        req->next = head;
-    while (!__atomic_compare_exchange_n(&e->needy, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    tb_push_req(&e->needy, req);
 }
 
 /* Any thread: those of the waiting writes that `whom` names (NULL: all) look again, or end with `result`. */

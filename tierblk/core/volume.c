@@ -22,13 +22,6 @@ static uint16_t touched(const tb_req *req)
     return tb_pages_of(req->offset, req->length);
 }
 
-/* Pages that the request covers from end to end. The tail page of a device that ends inside it is never one. */
-static uint16_t whole(const tb_req *req)
-{
-    uint32_t first = (req->offset + TB_PAGE_BYTES - 1) / TB_PAGE_BYTES, stop = (req->offset + req->length) / TB_PAGE_BYTES;
-    return first < stop ? (uint16_t)((1u << stop) - (1u << first)) : 0;
-}
-
 /* Under the stripe lock (R4): whether the request has to wait before it changes these pages of its block, of which it wants
  * `own` to itself. If so it comes back when the other has ended. Whole-page writes of one page may be under way together. */
 bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own)
@@ -215,7 +208,7 @@ void tb_write_lookup(tb_req *req)
         end(req, rc);
         return;
     }
-    uint16_t pages = touched(req), in_part = pages & (uint16_t)~whole(req);
+    uint16_t pages = touched(req), in_part = pages & (uint16_t)~tb_whole_pages_of(req->offset, req->length);
     tb_lock *stripe = &stripe_of(req)->lock;
     tb_lock_take(stripe);
     if (!req->writes) {

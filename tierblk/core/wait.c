@@ -64,10 +64,7 @@ static void begin_wait(tb_req *req)
 static void starve(tb_engine *e, tb_req *req)
 {
     begin_wait(req);
-    tb_req *head = TB_LOAD(&e->starved);
-    do
-        req->next = head;
-    while (!__atomic_compare_exchange_n(&e->starved, &head, req, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    tb_push_req(&e->starved, req);
     tb_filler_wake(e);
 }
 
@@ -287,16 +284,16 @@ static uint32_t part_everywhere(tb_engine *e, parting leaves)
     return count;
 }
 
+static bool door_drains(const tb_req *req)
+{
+    return TB_LOAD(&req->queue->draining) != 0;
+}
+
 static bool door_leaves(const tb_req *req, const tb_fill *fill, uint32_t now_ms, int *result)
 {
     (void)fill, (void)now_ms;
     *result = -EIO;
-    return TB_LOAD(&req->queue->draining) != 0;
-}
-
-static bool door_drains(const tb_req *req)
-{
-    return TB_LOAD(&req->queue->draining) != 0;
+    return door_drains(req);
 }
 
 /* Filler: ends every parked request of a draining or leaving door. Their fills go on, others may wait for the blocks. */

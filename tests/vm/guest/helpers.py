@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -301,3 +302,21 @@ class Tierblk:
     def stop_all(self) -> None:
         """Stops whatever daemon runs."""
         self.run("stop", check=False)
+
+
+def run(*words: str | Path) -> str:
+    """The output of a command that has to succeed."""
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
+    assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+@contextmanager
+def mounted(device: Path, folder: Path) -> Iterator[None]:
+    """A filesystem, for the length of a block; the folder is made."""
+    folder.mkdir(exist_ok=True)
+    run("mount", device, folder)
+    try:
+        yield
+    finally:
+        run("umount", folder)

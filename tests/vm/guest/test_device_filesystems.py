@@ -7,17 +7,15 @@ import hashlib
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.vm.guest.device_rig import MIB
-from tests.vm.guest.helpers import Tierblk, WebServer
+from tests.vm.guest.helpers import Tierblk, WebServer, mounted, run
 from tests.vm.guest.test_device_planes import HAS_ZERO_COPY, PLANES
-from tests.vm.guest.test_device_writes import run
 
 FIO_LIMIT_S = 240
 FILESYSTEMS = {
@@ -31,16 +29,6 @@ def is_known(filesystem: str) -> bool:
     """Whether this kernel has it, built in or as a module."""
     subprocess.run(["modprobe", filesystem], capture_output=True, timeout=60)
     return any(line.split()[-1] == filesystem for line in Path("/proc/filesystems").read_text().splitlines())
-
-
-@contextmanager
-def mounted(device: Path, folder: Path) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
-    run("mount", device, folder)
-    try:
-        yield
-    finally:
-        run("umount", folder)
 
 
 def fill(folder: Path, seed: int, files: int) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from collections.abc import Callable
 from errno import ENOSPC
 from mmap import mmap
@@ -15,21 +14,13 @@ from typing import Any
 import pytest
 
 from tests.vm.guest.device_rig import MIB
-from tests.vm.guest.helpers import Tierblk, WebServer
+from tests.vm.guest.helpers import Tierblk, WebServer, run
 from tests.vm.guest.test_device_planes import HAS_ZERO_COPY
 
 SECTOR = 512
 BASE_BYTES = 6 * MIB + 3 * SECTOR
 VOLUME_BYTES = 8 * MIB + 5 * SECTOR
 STEPS = 70
-COMMAND_LIMIT_S = 120
-
-
-def run(*words: str | Path) -> str:
-    """Its output; it has to succeed."""
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
-    assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.stdout}{done.stderr}"
-    return done.stdout
 
 
 class Direct:

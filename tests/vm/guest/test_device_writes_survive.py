@@ -15,11 +15,9 @@ from typing import Any
 import pytest
 
 from tests.vm.guest.device_rig import DaemonProcess, wait_for_status
-from tests.vm.guest.helpers import Tierblk
-from tests.vm.guest.test_device_filesystems import mounted
+from tests.vm.guest.helpers import Tierblk, mounted, run
 from tests.vm.guest.test_device_planes import PLANES
 from tests.vm.guest.test_device_survives import daemon_again
-from tests.vm.guest.test_device_writes import run
 
 KILLS = int(os.environ.get("TIERBLK_KILLS", "3"))
 """Of each kind; 60 of them are two minutes."""

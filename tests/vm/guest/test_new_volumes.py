@@ -12,8 +12,8 @@ import pytest
 
 from tests.torture.cuts import Cuts, go
 from tests.vm.guest.device_rig import MIB, DaemonProcess
-from tests.vm.guest.helpers import Tierblk
-from tests.vm.guest.test_device_writes import Direct, run
+from tests.vm.guest.helpers import Tierblk, run
+from tests.vm.guest.test_device_writes import Direct
 
 CUTS = 3
 
