@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Coroutine
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tierblk import address
-from tierblk.cache import start
+from tierblk.cache import journal, start
 from tierblk.cache.commit import CommitReport, Committer
 from tierblk.cache.directory import Directory, open_directory
 from tierblk.cache.index import LAYER_ID_MAX, Index, LayerRecord, create_index, open_index
@@ -54,7 +55,13 @@ class Cache:
     """An open cache directory. Coroutines and `stats` belong to the event loop; `open` blocks."""
 
     def __init__(
-        self, directory: Directory, index: Index, maps: Maps, engine: Engine, loaded: Loaded
+        self,
+        directory: Directory,
+        index: Index,
+        maps: Maps,
+        engine: Engine,
+        loaded: Loaded,
+        journal_fd: int,
     ) -> None:
         self.path = directory.path
         self.uuid = directory.superblock.uuid
@@ -64,6 +71,7 @@ class Cache:
         self._directory = directory
         self._index = index
         self._maps = maps
+        self._journal_fd = journal_fd
         self._records = {record.layer_id: record for record in loaded.records}
         self._layers = loaded.layers
         self._spare: dict[int, Layer] = {}  # of dropped volumes, empty
@@ -89,6 +97,7 @@ class Cache:
                 index = open_index(directory.index_path, directory.superblock.uuid, slot_count)
                 undo.callback(index.close)
                 refuse_what_cannot_be_served(index)
+                _replay(directory, index)
                 maps = Maps(run_dir, directory.superblock)
                 undo.callback(maps.close)
                 resize(directory, index, maps, settings.size)
@@ -100,14 +109,16 @@ class Cache:
                 )
                 undo.callback(engine.close)
                 loaded = load(engine, index, maps, directory.superblock)
-                _begin_session(directory, index, maps, loaded)
+                journal_fd = _begin_session(directory, index, maps, loaded)
+                undo.callback(os.close, journal_fd)
+                session = directory.superblock.session
+                engine.open_journal(journal_fd, journal.RING_AT_BYTES, journal.RING_BYTES, session)
                 engine.finish_load()
                 undo.pop_all()
         except OSError as error:
             raise CacheError(f"cannot open the cache in {settings.dir}: {error.strerror}") from None
-        session = directory.superblock.session
         _log.info("opened %s, session %d, %s", directory.path, session, loaded.mode.value)
-        return cls(directory, index, maps, engine, loaded)
+        return cls(directory, index, maps, engine, loaded, journal_fd)
 
     @property
     def run_dir(self) -> Path:
@@ -306,6 +317,7 @@ class Cache:
             stack.callback(self._directory.close)
             stack.callback(self._index.close)
             stack.callback(self._maps.close)
+            stack.callback(os.close, self._journal_fd)
             if clean:
                 self._index.mark_clean(self.session)
                 self._maps.remove_all()
@@ -366,9 +378,32 @@ def _refuse_another(known: LayerRecord, wanted: LayerRecord) -> None:
         )
 
 
-def _begin_session(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> None:
-    """The four steps of start.py. Everything is loaded, and no slot has been written yet."""
+def _replay(directory: Directory, index: Index) -> None:
+    """What FLUSHes made durable since the last commit goes into the index, before anybody believes that.
+
+    After a kill too: a slot that only the journal names is then one that the index names (R8).
+    """
+    replay = journal.read(directory.journal_path, index, directory.superblock)
+    if replay is not None:
+        index.write_rows(replay.as_copies(), replay.seq)
+        _log.info("%s: %d records of the journal are taken", directory.path, replay.count)
+
+
+def _begin_session(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> int:
+    """The five steps of start.py. Everything is loaded, and no slot has been written yet. Returns the open
+    journal."""
     directory.write_superblock(start.begun(directory.superblock))
+    session = directory.superblock.session
+    journal_fd = journal.begin(directory.journal_path, directory.superblock.uuid, session)
+    try:
+        _begin_index_and_maps(directory, index, maps, loaded)
+    except BaseException:
+        os.close(journal_fd)
+        raise
+    return journal_fd
+
+
+def _begin_index_and_maps(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> None:
     session = directory.superblock.session
     index.begin_session(
         session,

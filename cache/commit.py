@@ -1,6 +1,7 @@
 """The commit cycle: the only writer of rows (DESIGN 6, R6, R7).
 
-    1. the batch of freed slots is closed; changed rows are taken, each cleared before it is copied
+    1. the batch of freed slots is closed; changed rows are taken, each cleared before it is copied; no record
+       of the journal is begun meanwhile, so that those before it say nothing that the copies do not
     2. slots and sums are synced                data before the index that names it (I5)
     3. one LMDB transaction, synced             exactly the copies of step 1
     4. the closed batch of slots is free        I4: the rows that named them are gone for good
@@ -76,6 +77,7 @@ class Committer:
         self._executor = ThreadPoolExecutor(1, "tierblk-commit")
         self._running: asyncio.Task[CommitReport] | None = None
         self._next: asyncio.Task[CommitReport] | None = None
+        self._journaled = 0  # as the index says
         self._refusal: str | None = None
         self._failure: CommitFailure | None = None
         self._stopped = False
@@ -141,9 +143,10 @@ class Committer:
         try:
             for layer in list(self._layers()):
                 await self._take(layer, taken.setdefault(layer, {}))
+            journaled = self._engine.commit_taken()
             copies = {layer.layer_id: list(rows.items()) for layer, rows in taken.items() if rows}
             loop = asyncio.get_running_loop()
-            written, deleted = await loop.run_in_executor(self._executor, self._persist, copies)
+            written, deleted = await loop.run_in_executor(self._executor, self._persist, copies, journaled)
         except BaseException as error:
             for layer, rows in taken.items():
                 layer.put_back(rows)
@@ -171,7 +174,7 @@ class Committer:
             most = BATCH_ROWS
             await asyncio.sleep(0)  # misses are served between batches
 
-    def _persist(self, copies: dict[int, list[tuple[int, bytes]]]) -> tuple[int, int]:
+    def _persist(self, copies: dict[int, list[tuple[int, bytes]]], journaled: int) -> tuple[int, int]:
         """Steps 2 and 3, in the executor."""
         self._refuse()
         try:
@@ -181,9 +184,11 @@ class Committer:
             self._engine.fail_flushes()  # at once: C would take the next sync's success for this one's
             self._refusal = _UNSYNCED.format(error.strerror)
             raise CacheError(self._refusal) from None
-        if not copies:
+        if not copies and journaled == self._journaled:
             return 0, 0
-        return self._index.write_rows(copies)
+        counts = self._index.write_rows(copies, journaled)
+        self._journaled = journaled
+        return counts
 
 
 def _retrieve(task: asyncio.Task[CommitReport]) -> None:

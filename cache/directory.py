@@ -1,7 +1,7 @@
 """The cache directory: its files, its lock, its superblock (R8).
 
     slots    slot_count x 64 KiB, preallocated, O_DIRECT; slot 0 holds the superblock; its open file is the
-    lock sums     slot_count x 64 bytes, preallocated index/   LMDB; see index.py
+    lock sums     slot_count x 64 bytes, preallocated index/   LMDB; see index.py journal  see journal.py
 
 A directory is made as `slots.new`, which becomes `slots` as the last step: while there is no `slots`,
 whatever else is there is the rest of a creation that did not end, or not ours.
@@ -37,9 +37,10 @@ from tierblk.errors import CacheError
 
 SUMS_BYTES_PER_SLOT = 64
 INDEX_RESERVE_BYTES = 4 << 20
+JOURNAL_BYTES = (4 << 20) + 4096
 LOCK_WAIT_S = 5.0
 _LOCK_RETRY_S = 0.02
-SLOTS, NEW_SLOTS, SUMS, INDEX = "slots", "slots.new", "sums", "index"
+SLOTS, NEW_SLOTS, SUMS, INDEX, JOURNAL = "slots", "slots.new", "sums", "index", "journal"
 # What a filesystem puts into its own root, so that a fresh disk can be the cache directory.
 _NOT_FOREIGN = {"lost+found"}
 
@@ -62,6 +63,10 @@ class Directory:
     def index_path(self) -> Path:
         """The folder of the LMDB environment."""
         return self.path / INDEX
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / JOURNAL
 
     @property
     def dio_align_bytes(self) -> int:
@@ -190,7 +195,7 @@ def _create(path: Path, slot_count: int, make_index: MakeIndex, undo: ExitStack)
     """
     slots_fd = _claim(path, undo)
     slots_bytes, sums_bytes = slot_count * SLOT_BYTES, slot_count * SUMS_BYTES_PER_SLOT
-    needed_bytes = slots_bytes + sums_bytes + INDEX_RESERVE_BYTES
+    needed_bytes = slots_bytes + sums_bytes + INDEX_RESERVE_BYTES + JOURNAL_BYTES
     superblock = Superblock(uuid4(), slot_count, int(time.time()), sequence=0, session=0, confirmed=0)
     try:
         require_space(path, needed_bytes)

@@ -1,7 +1,7 @@
 """The index: what the cache knows durably, in LMDB. The only file that imports lmdb, the only one that sees
 lmdb.Error.
 
-    meta     format u32, uuid 16 bytes, session u64, clean u8        (little endian)
+    meta     format u32, uuid 16 bytes, session u64, clean u8, journal u64        (little endian)
     layers   layer id u32 big endian -> JSON of a LayerRecord
     rows     layer id u32, row u64, both big endian -> 772 bytes, see rows.py
 
@@ -60,11 +60,15 @@ Rows = Mapping[int, Iterable[tuple[int, bytes]]]
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What the index says of itself: whose it is, its last session, and whether that ended in order."""
+    """What the index says of itself: whose it is, its last session, and whether that ended in order.
+
+    journaled: the last record of that session's journal that it knows more than; None: there was no journal.
+    """
 
     uuid: UUID
     session: int
     clean: bool
+    journaled: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,6 @@ def create_index(path: Path, uuid: UUID, slot_count: int) -> None:
     index = Index(path, slot_count)
     try:
         with index.changing(rows=0) as txn:
-            txn.put(b"format", _U32.pack(FORMAT_VERSION), db=index.meta_db)
             txn.put(b"uuid", uuid.bytes, db=index.meta_db)
             index.put_session(txn, session=0, clean=True)
     finally:
@@ -296,7 +299,11 @@ class Index:
             _log.warning("%s could not be cut: %s", path, error.strerror)
 
     def put_session(self, txn: lmdb.Transaction[bytes], session: int, clean: bool) -> None:
-        """Part of a transaction: the session, and whether it has ended in order."""
+        """Part of a transaction: the session, of which no record is journaled, and whether it has ended in
+        order.
+        """
+        txn.put(b"format", _U32.pack(FORMAT_VERSION), db=self.meta_db)
+        txn.put(b"journal", _U64.pack(0), db=self.meta_db)
         txn.put(b"session", _U64.pack(session), db=self.meta_db)
         txn.put(b"clean", _U8.pack(clean), db=self.meta_db)
 
@@ -304,6 +311,7 @@ class Index:
         """CacheError when the format is newer, or when what must be there is not."""
         with self._translated("read"), self._env.begin(db=self.meta_db) as txn:
             found = {key: txn.get(key, b"") for key in (b"format", b"uuid", b"session", b"clean")}
+            journal = txn.get(b"journal")
         try:
             (version,) = _U32.unpack(found[b"format"])
             if version > FORMAT_VERSION:
@@ -312,7 +320,8 @@ class Index:
                     f"this version knows {FORMAT_VERSION}"
                 )
             (session,), (clean,) = _U64.unpack(found[b"session"]), _U8.unpack(found[b"clean"])
-            return Meta(UUID(bytes=found[b"uuid"]), session, bool(clean))
+            journaled = None if journal is None else int(_U64.unpack(journal)[0])
+            return Meta(UUID(bytes=found[b"uuid"]), session, bool(clean), journaled)
         except (struct.error, ValueError):
             raise CacheError(
                 f"the cache's index {self.path} is damaged: it has no header", _BEGIN_ANEW
@@ -381,8 +390,9 @@ class Index:
                 txn.delete(_ROW_KEY.pack(*key), db=self._rows_db)
             self.put_session(txn, session, clean=False)
 
-    def write_rows(self, rows: Rows) -> tuple[int, int]:
-        """Step 3 of a commit (R6): exactly these copies of rows, by layer id; b"" deletes a row.
+    def write_rows(self, rows: Rows, journaled: int | None = None) -> tuple[int, int]:
+        """Step 3 of a commit (R6): exactly these copies of rows, by layer id; b"" deletes a row. journaled:
+        with them it knows more than the journal's records up to this one.
 
         Returns how many were written and how many deleted, durable. CacheError: none of them is.
         """
@@ -399,6 +409,8 @@ class Index:
                 cursor.putmulti(sorted(written.items()))
             for key in deleted:
                 txn.delete(key, db=self._rows_db)
+            if journaled is not None:
+                txn.put(b"journal", _U64.pack(journaled), db=self.meta_db)
         return len(written), len(deleted)
 
     def mark_clean(self, session: int) -> None:

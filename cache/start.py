@@ -3,9 +3,10 @@
 The order of an opening, each step durable before the next:
 
     1. superblock: session = last + 1, confirmed as before
-    2. index: that session, and the unclean mark
-    3. maps: every layer's map is complete, then stamped with that session
-    4. superblock: confirmed = session; only now may a slot be written
+    2. journal: the records to come are of that session (those of the last one are in the index by then)
+    3. index: that session, and the unclean mark
+    4. maps: every layer's map is complete, then stamped with that session
+    5. superblock: confirmed = session; only now may a slot be written
 
 So `confirmed` is the last session that may have changed slots, and an index or a map is as new as the slots
 exactly when its session is from `confirmed` to `session`. An index from a backup is older than that; openings
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 
-from tierblk.cache.superblock import Superblock
+from tierblk.cache.superblock import FORMAT_VERSION, Superblock
 
 
 class StartMode(Enum):
@@ -37,11 +38,16 @@ def is_current(session: int, superblock: Superblock) -> bool:
 
 def begun(superblock: Superblock) -> Superblock:
     """The superblock of step 1."""
-    return replace(superblock, sequence=superblock.sequence + 1, session=superblock.session + 1)
+    return replace(
+        superblock,
+        sequence=superblock.sequence + 1,
+        session=superblock.session + 1,
+        version=FORMAT_VERSION,
+    )
 
 
 def confirmed(superblock: Superblock) -> Superblock:
-    """The superblock of step 4."""
+    """The superblock of step 5."""
     return replace(superblock, sequence=superblock.sequence + 1, confirmed=superblock.session)
 
 

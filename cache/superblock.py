@@ -20,7 +20,7 @@ from tierblk.core import crc32c
 from tierblk.errors import CacheError
 from tierblk.extent import BLOCK_BYTES, PAGE_BYTES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAGIC = b"TIERBLK\0"
 COPY_BYTES = PAGE_BYTES
 COPIES = 2

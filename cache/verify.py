@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tierblk.cache import journal
 from tierblk.cache import superblock as superblocks
-from tierblk.cache.directory import INDEX, SLOTS, SUMS, SUMS_BYTES_PER_SLOT
-from tierblk.cache.index import LayerRecord, open_index
+from tierblk.cache.directory import INDEX, JOURNAL, SLOTS, SUMS, SUMS_BYTES_PER_SLOT
+from tierblk.cache.index import Index, LayerRecord, open_index
 from tierblk.cache.invariants import LayerRows, Violation, check, check_bytes, check_session
 from tierblk.cache.rows import Entry, entries_of, unpack_row
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
@@ -78,13 +79,11 @@ def _look(path: Path, slots_fd: int, progress: Progress) -> Found:
     index = open_index(path / INDEX, superblock.uuid, superblock.slot_count, read_only=True)
     try:
         meta, records = index.meta(), index.layers()
-        rows = [
-            LayerRows(record.layer_id, record.kind, record.size_bytes, dict(index.rows(record.layer_id)))
-            for record in records
-        ]
+        replay, violations = _journaled(path, index, superblock)
+        rows = [_rows(index, record, replay) for record in records]
     finally:
         index.close()
-    violations = check_session(superblock, meta.session, meta.clean, running=False)
+    violations += check_session(superblock, meta.session, meta.clean, running=False)
     violations += _check_lengths(path, superblock)
     violations += check(rows, superblock.slot_count)
     total = sum(1 for layer in rows for entry in _entries(layer) if entry.cached & ~entry.dirty)
@@ -104,6 +103,27 @@ def _look(path: Path, slots_fd: int, progress: Progress) -> Found:
         [_found(record, layer) for record, layer in zip(records, rows, strict=True)],
         # What a row says wrong is found by every check that reads it.
         list(dict.fromkeys(violations)),
+    )
+
+
+def _journaled(
+    path: Path, index: Index, superblock: Superblock
+) -> tuple[journal.Replay | None, list[Violation]]:
+    try:
+        return journal.read(path / JOURNAL, index, superblock), []
+    except CacheError as error:
+        return None, [Violation("R7", None, None, str(error))]
+
+
+def _rows(index: Index, record: LayerRecord, replay: journal.Replay | None) -> LayerRows:
+    """A layer as an opening would find it."""
+    rows = dict(index.rows(record.layer_id))
+    rows |= replay.rows.get(record.layer_id, {}) if replay else {}
+    return LayerRows(
+        record.layer_id,
+        record.kind,
+        record.size_bytes,
+        {row: packed for row, packed in rows.items() if packed},
     )
 
 

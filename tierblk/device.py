@@ -482,6 +482,7 @@ _SHOWN_STATS = (
     "partial_writes",
     "space_waits",
     "flush_requests",
+    "flush_records",
     "flush_commits",
     "discard_requests",
     "discard_bytes",

@@ -62,7 +62,8 @@ class Upkeep:
     @property
     def trouble(self) -> str | None:
         """What keeps the cache from keeping what is fetched or written, if anything does."""
-        return self._commit_failure or self._fills.slot_write_failure or self._fullness()
+        refusal = self._cache.committer.refusal  # also of a FLUSH that failed in C
+        return refusal or self._commit_failure or self._fills.slot_write_failure or self._fullness()
 
     def _fullness(self) -> str | None:
         """That volumes have taken so much that the next write may find no room."""

@@ -116,7 +116,7 @@ async def test_i5_slots_and_sums_are_synced_before_the_transaction(
     await rig.fill(await rig.base(IMAGE), 0)
     write_rows = rig.cache._index.write_rows
 
-    def write(rows: Rows) -> tuple[int, int]:
+    def write(rows: Rows, journaled: int | None = None) -> tuple[int, int]:
         steps.append("rows")
         return write_rows(rows)
 
@@ -280,7 +280,7 @@ async def test_who_shared_a_failed_cycle_is_told_and_the_next_may_succeed(
 ) -> None:
     await rig.fill(await rig.base(IMAGE), 0)
     with monkeypatch.context() as patch:
-        patch.setattr(rig.cache._index, "write_rows", lambda rows: failing(OSError(EIO, "bug"))(0))
+        patch.setattr(rig.cache._index, "write_rows", lambda *_: failing(OSError(EIO, "bug"))(0))
         results = await asyncio.gather(*(rig.cache.commit() for _ in range(3)), return_exceptions=True)
     assert [type(result) for result in results] == [OSError] * 3
     assert (await rig.cache.commit()).rows_written == 1

@@ -70,8 +70,8 @@ class Machine:
 
             return sync_file
 
-        def write(rows: Any) -> tuple[int, int]:
-            result = write_rows(rows)
+        def write(rows: Any, journaled: int | None = None) -> tuple[int, int]:
+            result = write_rows(rows, journaled)
             self._reached("rows written")
             return result
 

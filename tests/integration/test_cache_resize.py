@@ -319,7 +319,7 @@ async def refusal(directory: Path, run_dir: Path, size_bytes: int) -> str:
 
 
 async def test_no_room_to_grow(tmp_path: Path, run_dir: Path) -> None:
-    with mounted("tmpfs", tmp_path / "disk", "size=24m") as disk:
+    with mounted("tmpfs", tmp_path / "disk", "size=28m") as disk:
         directory = disk / "cache"
         async with session(directory, run_dir) as rig:
             await rig.fill(await rig.base(OTHER), *range(41))

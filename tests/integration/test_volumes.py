@@ -7,14 +7,16 @@ import shutil
 from collections.abc import Iterator
 from errno import EIO, ENOSPC
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
 from tests.cache_rig import changed_index, check_files, mounted, run_directory
 from tests.integration.test_cache_failing_disk import ext4_on_loop
 from tests.property.host import Host
-from tests.property.volume_daemon import NAME, URL, VolumeDaemon
+from tests.property.volume_daemon import NAME, TIMEOUT_S, URL, VolumeDaemon
 from tests.property.volume_world import SECTOR
+from tierblk.cache import journal
 from tierblk.core import BLOCK_BYTES
 from tierblk.errors import CacheError
 from tierblk.units import MIB
@@ -155,11 +157,26 @@ def test_a_scratch_volume_outlives_a_kill_and_a_hand_over_but_no_power_cut(host:
     daemon.stop(clean=True)
 
 
-def test_a_flush_that_fails_is_told_and_so_are_later_ones(host: Host) -> None:
+@pytest.mark.parametrize("failing", ["a sync of a commit", "a record of the journal"])
+def test_a_flush_that_fails_is_told_and_so_are_later_ones(
+    host: Host, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     """R7."""
-    daemon = opened(host)
+    with monkeypatch.context() as patch:
+        if failing == "a record of the journal":
+            begin = journal.begin
+
+            def begun(path: Path, uuid: UUID, session: int) -> int:
+                os.close(begin(path, uuid, session))
+                return os.open("/dev/full", os.O_RDWR)
+
+            patch.setattr(journal, "begin", begun)
+        daemon = opened(host)
     daemon.door.write(0, MARK)
-    daemon.gate.failing = "slots"
+    if failing == "a sync of a commit":
+        cycle = daemon.begin_commit(failing="slots")
+        with pytest.raises(CacheError, match="could not be synced"):
+            cycle.result(TIMEOUT_S)
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output error"):
             daemon.door.flush()

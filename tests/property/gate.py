@@ -43,9 +43,9 @@ class Gate:
 
             return sync_file
 
-        def write(rows: Any) -> tuple[int, int]:
+        def write(rows: Any, journaled: int | None = None) -> tuple[int, int]:
             self._fail("rows", CacheError("the index is full"))
-            result = write_rows(rows)
+            result = write_rows(rows, journaled)
             for layer_id, copies in rows.items():
                 kept = host.rows.setdefault(layer_id, {})
                 kept.update(copies)

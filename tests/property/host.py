@@ -5,7 +5,9 @@ Crashes are composed, not provoked. A *kill* is a copy of everything, the maps o
 the dying daemon's engine is closed: nothing that closing does is in it, and what was being written to a slot
 may be there in part, as after SIGKILL. (The tests of the whole daemon send real SIGKILLs; a child for every
 step here would cost a hundred times as much.) A *power cut* leaves the index as its last transaction left it,
-and of every sector of `slots` and `sums` what was there at the last sync, or now, each by itself.
+and of every sector of `slots` and `sums` what was there at the last sync, or now, each by itself. Of the
+journal's records, which are durable one after the other and each with the slots that were written before it,
+it leaves some, and a part of the next.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.cache_rig import read_superblock
+from tierblk.cache import journal
+from tierblk.cache.directory import JOURNAL
+from tierblk.core import PAGE_BYTES
 
 SECTOR_BYTES = 512
 VOLATILE = ("slots", "sums")
@@ -39,7 +44,7 @@ class Host:
     disk: Path
     memory: Path
     boot: int = 0
-    durable: dict[str, bytes] = field(default_factory=lambda: dict.fromkeys(VOLATILE, b""))
+    durable: dict[str, bytes] = field(default_factory=lambda: dict.fromkeys((*VOLATILE, JOURNAL), b""))
     rows: Rows = field(default_factory=dict)
     backups: list[Backup] = field(default_factory=list)
     _taken: int = 0
@@ -61,17 +66,24 @@ class Host:
         daemon still has."""
         old_directory, old_run_dir = self.directory, self.run_dir
         self.boot += 1
+        self.directory.mkdir()
+        # First: it says less than the maps, never more.
+        shutil.copy(old_directory / JOURNAL, self.directory / JOURNAL)
         if kill:
             shutil.copytree(old_run_dir, self.run_dir)
         for name in ("sums", "slots"):  # after the maps: what a map calls cached was in its slot before
-            self.directory.mkdir(exist_ok=True)
             shutil.copy(old_directory / name, self.directory / name)
         shutil.copytree(old_directory / "index", self.directory / "index")
         if not kill:
             dice = random.Random(seed)
+            path = self.directory / JOURNAL
+            left, more = _some_records(self.durable[JOURNAL], path.read_bytes(), dice)
+            path.write_bytes(left)
+            self.durable[JOURNAL] = left
             for name in VOLATILE:
                 path = self.directory / name
-                path.write_bytes(_some_sectors(self.durable[name], path.read_bytes(), dice))
+                if not (more and name == "slots"):
+                    path.write_bytes(_some_sectors(self.durable[name], path.read_bytes(), dice))
                 self.durable[name] = path.read_bytes()
         return old_directory
 
@@ -106,3 +118,19 @@ def _some_sectors(synced: bytes, written: bytes, dice: random.Random) -> bytes:
         return dice.choice((synced, written))
     sectors = (slice(at, at + SECTOR_BYTES) for at in range(0, len(written), SECTOR_BYTES))
     return b"".join(dice.choice((synced, written))[sector] for sector in sectors)
+
+
+def _some_records(synced: bytes, written: bytes, dice: random.Random) -> tuple[bytes, bool]:
+    """A journal in which some of the records since the last sync are whole; whether there are any."""
+    known = {(session, seq) for _, session, seq, _ in journal.records(synced)}
+    fresh = sorted(
+        (session, seq, at) for at, session, seq, _ in journal.records(written) if (session, seq) not in known
+    )
+    kept = dice.randint(0, len(fresh))
+    left = bytearray(synced.ljust(len(written), b"\0"))
+    left[:PAGE_BYTES] = written[:PAGE_BYTES]
+    for i, (_, _, at) in enumerate(fresh[: kept + 1]):
+        end = at + -(-journal.length_of(written, at) // PAGE_BYTES) * PAGE_BYTES
+        part = written[at:end]
+        left[at:end] = part if i < kept else _some_sectors(bytes(left[at:end]), part, dice)
+    return bytes(left), kept > 0

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tests.property.gate import Gate
 from tests.property.host import Host
 from tierblk.cache import Cache
+from tierblk.cache.directory import JOURNAL
 from tierblk.config import CacheSettings
 from tierblk.core import (
     BLOCK_BYTES,
@@ -94,7 +95,8 @@ class VolumeDaemon:
         except BaseException:
             self._end_loop()
             raise
-        host.durable["slots"] = host.content("slots")  # the superblock's sync covers the whole file
+        for name in ("slots", JOURNAL):  # the superblock's sync covers the whole file
+            host.durable[name] = host.content(name)
         self.engine = self.cache.engine
         self.gate = Gate(host, self.cache)
         self.misses = Misses(image)

@@ -24,6 +24,8 @@ from tests.cache_rig import layer_rows, read_superblock
 from tests.property.daemon import begun
 from tests.property.host import Host
 from tests.property.volume_daemon import TIMEOUT_S, VolumeDaemon
+from tierblk.cache import journal
+from tierblk.cache.directory import JOURNAL
 from tierblk.cache.invariants import (
     LayerRows,
     SlotCounts,
@@ -105,7 +107,7 @@ class VolumeWorld:
         """All at once. crash: they are left under way."""
         values: dict[Op, int] = {}
         floors = {op: [set(values) for values in self.now] for op in ops if op.kind == "flush"}
-        stats = self.daemon.door.stats()
+        stats, records = self.daemon.door.stats(), self._records()
         snapshot = self.host.content("slots") if floors else b""
         calls = []
         for op in ops:
@@ -126,8 +128,12 @@ class VolumeWorld:
             self._flushed(floors[ops[0]])
             if bare:
                 self.host.durable["slots"] = snapshot  # C has synced it, where no gate sees it
-        elif bare and any(op.flag for op in ops):  # as C has for FUA; nothing else is known to be durable
-            self.host.durable["slots"] = self.host.content("slots")
+        elif any(op.flag or op.kind == "flush" for op in ops) and (bare or self._records() > records):
+            self.host.durable["slots"] = self.host.content("slots")  # as C has for FUA
+        self.host.durable[JOURNAL] = self.host.content(JOURNAL)
+
+    def _records(self) -> int:
+        return self.daemon.door.stats()["flush_records"]
 
     def _changed(self, op: Op) -> range:
         """A DISCARD is of whole pages."""
@@ -250,6 +256,7 @@ class VolumeWorld:
                 return
         if flush.done() and flush.exception() is None:
             self.host.durable["slots"] = snapshot
+            self.host.durable[JOURNAL] = self.host.content(JOURNAL)
             self._flushed(floor)
 
     def verify(self) -> None:
@@ -351,6 +358,7 @@ class VolumeWorld:
         daemon = self.daemon
         daemon.quiet(cycle_held=self.held is not None)
         live = layer_rows(daemon.cache)
+        meta = daemon.cache._index.meta()
         kinds = {rows.layer_id: rows for rows in live}
         index = [
             LayerRows(layer_id, kinds[layer_id].kind, kinds[layer_id].size_bytes, rows)
@@ -358,18 +366,33 @@ class VolumeWorld:
             if layer_id in kinds
         ]
         found = check(live, self.slots + 1) + check(index, self.slots + 1)
+        journaled = self._with_journal(index)
+        found += check(journaled, self.slots + 1)
         stats = daemon.engine.stats()
         held = SlotCounts(stats["free"], stats["quarantined"], stats["bad"])
         if self.held is None:
-            found += check_index(index, live, held)
+            found += check_index(index, live, held) + check_index(journaled, live, held)
             found += daemon.check()
             if not any(layer.changed() for layer in daemon.engine.layers.values()):
                 found += check_committed(index, live)
-        meta = daemon.cache._index.meta()
         found += check_session(read_superblock(self.host.directory), meta.session, meta.clean, running=True)
         assert not found, "\n".join(map(str, found))
         door = daemon.door.stats()
         assert (door["active"], door["waiting"]) == (0, 0), f"I11: {door}"
+
+    def _with_journal(self, index: list[LayerRows]) -> list[LayerRows]:
+        """What the next opening would take for the index."""
+        cache = self.daemon.cache
+        path = self.host.directory / JOURNAL
+        replay = journal.read(path, cache._index, read_superblock(self.host.directory))
+        if replay is None:
+            return index
+        merged = []
+        for layer in index:
+            rows = {**layer.rows, **replay.rows.get(layer.layer_id, {})}
+            kept = {row: packed for row, packed in rows.items() if packed}
+            merged.append(LayerRows(layer.layer_id, layer.kind, layer.size_bytes, kept))
+        return merged
 
 
 def _entries(rows: LayerRows) -> Iterator[Entry]:

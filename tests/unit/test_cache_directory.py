@@ -230,7 +230,7 @@ def test_a_failed_creation_leaves_nothing_behind(tmp_path: Path, existed: bool) 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "disk", "size=12m") as disk:
         message = refused(disk / "cache")
-        assert message == f"the cache in {disk}/cache needs 20 MiB of disk, 12 MiB are free"
+        assert message == f"the cache in {disk}/cache needs 24 MiB of disk, 12 MiB are free"
         assert list(disk.iterdir()) == []
 
 
@@ -242,7 +242,7 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(ENOSPC, os.strerror(ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    assert f"the cache in {tmp_path}/cache needs 20 MiB of disk, " in refused(tmp_path / "cache")
+    assert f"the cache in {tmp_path}/cache needs 24 MiB of disk, " in refused(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -347,12 +347,12 @@ def test_the_lock_of_a_killed_daemon_is_waited_for(made: Path) -> None:
 
 def test_a_newer_format_is_refused_untouched(made: Path) -> None:
     with opened(made) as directory:
-        newer = replace(directory.superblock, version=2)
+        newer = replace(directory.superblock, version=3)
     with (made / "slots").open("r+b") as slots:
         slots.write(superblock.pack(newer))
     before = contents(made)
     assert refused(made) == (
-        f"{made}/slots was made by a newer tierblk: its format is 2, this version knows 1"
+        f"{made}/slots was made by a newer tierblk: its format is 3, this version knows 2"
     )
     assert contents(made) == before
 

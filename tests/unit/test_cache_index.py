@@ -102,16 +102,16 @@ def test_a_session_begins_and_ends(path: Path) -> None:
         index.put_layer(record(2))
         index.write_rows({1: [(0, row(0)), (1, row(1))]})
         index.begin_session(7, forget_layers=[2], drop_rows=[(1, 1), (1, 99)])
-        assert index.meta() == index_module.Meta(UUID_, 7, clean=False)
+        assert index.meta() == index_module.Meta(UUID_, 7, clean=False, journaled=0)
         assert index.layers() == [record(1)]
         assert list(index.rows(1)) == [(0, row(0))]
         index.mark_clean(7)
     with opened(path) as index:
-        assert index.meta() == index_module.Meta(UUID_, 7, clean=True)
+        assert index.meta() == index_module.Meta(UUID_, 7, clean=True, journaled=0)
         index.begin_session(8, discard=True)
         assert index.layers() == []
         assert list(index.rows(1)) == []
-        assert index.meta() == index_module.Meta(UUID_, 8, clean=False)
+        assert index.meta() == index_module.Meta(UUID_, 8, clean=False, journaled=0)
 
 
 def test_a_change_that_fails_half_way_changes_nothing(path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_change_that_fails_half_way_changes_nothing(path: Path) -> None:
 
         with pytest.raises(CacheError, match="could not be changed"):
             change()
-        assert index.meta() == index_module.Meta(UUID_, 0, clean=True)
+        assert index.meta() == index_module.Meta(UUID_, 0, clean=True, journaled=0)
         index.begin_session(1)
 
 
@@ -136,8 +136,8 @@ def test_the_index_of_another_cache(path: Path) -> None:
 
 def test_a_newer_index(path: Path) -> None:
     with opened(path) as index, index.changing(rows=0) as txn:
-        txn.put(b"format", (2).to_bytes(4, "little"), db=index.meta_db)
-    assert "was made by a newer tierblk: its format is 2, this version knows 1" in refused(path)
+        txn.put(b"format", (3).to_bytes(4, "little"), db=index.meta_db)
+    assert "was made by a newer tierblk: its format is 3, this version knows 2" in refused(path)
 
 
 def test_a_missing_index(path: Path) -> None:

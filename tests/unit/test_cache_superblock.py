@@ -69,9 +69,9 @@ def test_no_superblock_at_all(copies: list[bytes]) -> None:
 
 
 def test_a_newer_format_is_refused_even_beside_one_that_we_know() -> None:
-    newer = replace(SUPERBLOCK, version=2)
+    newer = replace(SUPERBLOCK, version=3)
     with pytest.raises(
-        CacheError, match=r"was made by a newer tierblk: its format is 2, this version knows 1"
+        CacheError, match=r"was made by a newer tierblk: its format is 3, this version knows 2"
     ):
         choose([pack(newer), pack(SUPERBLOCK)], "slots")
 
@@ -87,7 +87,7 @@ def test_the_bytes_are_those_of_the_documentation() -> None:
     copy = pack(SUPERBLOCK)
     assert copy[0:8] == b"TIERBLK\0"
     numbers = [
-        (8, 4, 1),
+        (8, 4, 2),
         (12, 4, 65536),
         (32, 8, 256),
         (40, 8, 1_795_000_000),

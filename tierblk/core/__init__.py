@@ -21,6 +21,8 @@ PAGES_PER_BLOCK: int = lib.TB_BLOCK_PAGES
 ENTRIES_PER_ROW: int = lib.TB_ROW_ENTRIES
 ROW_BYTES: int = lib.TB_ROW_BYTES
 MAP_HEADER_BYTES: int = lib.TB_MAP_HEADER_BYTES
+ROW_GONE: int = lib.TB_ROW_GONE
+RECORD_ENTRY_BYTES: int = lib.TB_RECORD_ENTRY
 MAX_LAYERS: int = lib.TB_MAX_LAYERS
 MAX_TAGS: int = lib.TB_MAX_TAGS
 
@@ -43,7 +45,6 @@ FILL_WHOLE: int = lib.TB_FILL_WHOLE
 FILL_WHOLE_MORE: int = lib.TB_FILL_WHOLE_MORE
 
 _RECORD = struct.Struct("<HHIQQiI")
-_DELETED = 1 << 63
 _POLL_BATCH = 256
 
 
@@ -147,6 +148,17 @@ class Engine:
     def commit_begin(self) -> None:
         """R6, step 1, before the rows are taken: slots freed from now on wait for the next commit."""
         lib.tb_slots_commit_begin(self.handle)
+
+    def commit_taken(self) -> int:
+        """R6, step 1 is over, every row is taken: the number of the last record of the journal that says
+        nothing which the copies do not."""
+        return int(lib.tb_commit_taken(self.handle))
+
+    def open_journal(self, fd: int, offset_bytes: int, ring_bytes: int, session: int) -> None:
+        """FLUSHes go to the ring in that file from now on, and wait for no commit while there is room. Before
+        the first door; `fd`, opened as the slots file is, stays open until `close`. OSError."""
+        rc = lib.tb_journal_open(self.handle, fd, offset_bytes, ring_bytes, session)
+        check(rc, "cannot use the journal")
 
     def commit_end(self, ok: bool) -> None:
         """R6, step 4: slots freed before `commit_begin` are free now, or go on waiting when not `ok` (R7)."""
@@ -273,8 +285,8 @@ class Layer:
         taken = []
         for i in range(count):
             row = int(rows[i])
-            gone = bool(row & _DELETED)
-            taken.append((row & ~_DELETED, b"" if gone else view[i * ROW_BYTES : (i + 1) * ROW_BYTES]))
+            gone = bool(row & ROW_GONE)
+            taken.append((row & ~ROW_GONE, b"" if gone else view[i * ROW_BYTES : (i + 1) * ROW_BYTES]))
         return taken
 
     def put_back(self, rows: Iterable[int]) -> None:

@@ -11,6 +11,8 @@ SOURCES = [
     "ring.c",
     "crc32c.c",
     "slots.c",
+    "rows.c",
+    "journal.c",
     "map.c",
     "request.c",
     "serve.c",

@@ -24,10 +24,27 @@ void tb_thread_settle(const char *name, const uint8_t *cpus, size_t cpus_bytes);
 /* crc32c.c */
 void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums);
 
+/* rows.c */
+uint64_t *tb_bits_new(uint64_t bits, size_t *bytes);
+int tb_rows_new(tb_rows *set, uint64_t rows);
+void tb_rows_free(tb_rows *set);
+void tb_map_mark(tb_layer *layer, uint64_t block);
+unsigned tb_layer_take_unflushed(tb_layer *layer, uint8_t *entries, unsigned max);
+
+/* journal.c */
+void tb_journal_free(tb_engine *engine);
+int tb_files_register(tb_queue *queue, int door_fd);
+void tb_journal_commit_begin(tb_engine *engine);
+void tb_journal_commit_end(tb_engine *engine, int ok);
+bool tb_journal_idle(const tb_engine *engine);
+void tb_journal_add(tb_req *req);
+void tb_journal_turn(tb_queue *queue);
+void tb_record_synced(tb_queue *queue, int result);
+void tb_record_done(tb_queue *queue, int result);
+
 /* map.c */
 int tb_map_prepare(tb_layer *layer, uint64_t block);
 uint64_t tb_map_next(const tb_layer *layer, uint64_t block, uint64_t end);
-void tb_map_mark(tb_layer *layer, uint64_t block);
 
 /* slots.c */
 uint32_t tb_slot_take_for_write(tb_engine *engine);
@@ -92,6 +109,8 @@ void tb_clear_go(tb_req *req);
 void tb_clear_turn(tb_queue *queue);
 
 /* flush.c */
+void tb_flush_tell(tb_engine *engine);
+void tb_flush_by_commit(tb_req *req);
 void tb_sync(tb_req *req);
 void tb_sync_done(tb_req *req, int result);
 

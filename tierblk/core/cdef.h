@@ -7,6 +7,8 @@
 #define TB_ROW_ENTRIES 64
 #define TB_ROW_BYTES 772
 #define TB_MAP_HEADER_BYTES 4096
+#define TB_ROW_GONE 0x8000000000000000u /* in the number of a row that holds nothing any more */
+#define TB_RECORD_ENTRY 784 /* of a record of the journal: row u64, layer u32, the row packed */
 #define TB_MAX_LAYERS 4096
 #define TB_MAX_TAGS 8192
 #define TB_RING_RECORDS 65536
@@ -48,7 +50,7 @@ typedef struct {
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
     uint64_t memory_requests, slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
-    uint64_t write_requests, write_bytes, partial_writes, space_waits, flush_requests, flush_commits, discard_requests, discard_bytes;
+    uint64_t write_requests, write_bytes, partial_writes, space_waits, flush_requests, flush_commits, flush_records, discard_requests, discard_bytes;
 } tb_stats;
 
 typedef struct {
@@ -94,6 +96,10 @@ int tb_slots_finish_load(tb_engine *engine);
 int tb_slots_quarantine(tb_engine *engine, uint32_t slot);
 void tb_slots_commit_begin(tb_engine *engine);
 void tb_slots_commit_end(tb_engine *engine, int ok);
+
+/* The journal. */
+int tb_journal_open(tb_engine *engine, int fd, uint64_t offset, uint64_t ring_bytes, uint64_t session);
+uint64_t tb_commit_taken(tb_engine *engine);
 
 /* Layers: the block map. A scratch volume need not outlive the machine, so nobody waits for its FLUSH. */
 #define TB_LAYER_BASE 0

@@ -5,6 +5,7 @@
  *   a fill's other fields    the filler thread, from the MISS to the end of the fill
  *   a request                its queue's thread, except between park and wake, when the filler may put bytes into it
  *   the list of writes       of a stripe, and who waits for one of them (R4): under the stripe lock
+ *   the journal              its leader's, but for what says otherwise; journal->lock comes before stripes
  *   slot bitmaps             under engine->slot_lock, the innermost lock
  *   rings to and from Python events: any thread of ours, under engine->event_lock, to the event loop; commands: from the
  *                            loop to the filler
@@ -34,6 +35,7 @@
 #define TB_RUN_BLOCKS 16u /* 1 MiB: what one write to the slots file holds at most */
 #define TB_OPEN_RUNS 16u
 #define TB_TICK_MS 250u
+#define TB_PACKED_ENTRY 12u
 
 /* Transient flags of an entry, meaningless to the next session. */
 #define TB_ENTRY_REFERENCED 1u /* hit since the eviction hand last passed */
@@ -68,23 +70,42 @@ typedef struct {
     tb_req *waiting; /* who has to wait for one of them, see volume.c; a stack */
 } __attribute__((aligned(64))) tb_stripe_state;
 
+/* A set of rows of a layer, cheap to go through however large the layer is. */
+typedef struct {
+    uint64_t *bits;    /* a bit per row */
+    uint64_t *summary; /* a bit per word of `bits` */
+    size_t bits_bytes, summary_bytes;
+    uint64_t count; /* set bits; behind them for a moment, see tb_map_mark */
+} tb_rows;
+
 struct tb_layer {
     tb_engine *engine;
     tb_entry *entries;
     uint64_t *ready;          /* a bit per map page: its memory on tmpfs is allocated */
-    uint64_t *changed;        /* a bit per row */
-    uint64_t *changed_words;  /* a bit per word of `changed` */
+    tb_rows changed;          /* differ from the last copy taken for the index */
+    tb_rows unflushed;        /* of a volume that keeps its promises: and from the last taken for a FLUSH */
     uint8_t *map;
-    size_t map_bytes, ready_bytes, changed_bytes, words_bytes;
+    size_t map_bytes, ready_bytes;
     uint64_t blocks, rows, size_bytes;
     uint64_t cached_pages;
-    uint64_t changed_rows; /* set bits of `changed`; never too few, see tb_map_mark */
+    uint64_t round; /* of the journal: the last one in which its rows were taken, under the journal's lock */
     uint32_t doors;
-    uint32_t in_commit; /* the running commit has taken rows of it */
+    uint32_t in_commit; /* the running commit has taken unflushed rows of it */
     int map_fd;
     uint16_t id;
     bool is_volume, is_scratch;
 };
+
+static inline bool tb_head_persistent(tb_head head)
+{
+    return head.present || head.cached || head.zero || head.dirty;
+}
+
+static inline uint64_t tb_row_end(const tb_layer *layer, uint64_t row)
+{
+    uint64_t end = (row + 1) * TB_ROW_ENTRIES;
+    return end < layer->blocks ? end : layer->blocks;
+}
 
 typedef struct tb_hot tb_hot;
 typedef struct tb_fill tb_fill;
@@ -164,6 +185,7 @@ struct tb_queue {
     size_t cpus_bytes;
     pthread_t thread;
     bool started, ring_made, hurries;
+    bool leads, flushes; /* of the journal: its record is this thread's; it has to look for those who wait */
     pthread_mutex_t ready_lock;
     pthread_cond_t ready_cond;
     bool ready;
@@ -218,9 +240,27 @@ typedef struct {
     int wake_fd;
 } tb_ring;
 
+/* Rows that FLUSHes have made durable and the index has not, see journal.c. Positions count up for ever; where they lie is their rest
+ * by ring_bytes. */
+typedef struct {
+    tb_lock lock;   /* copies for records against those for the index; inside it come stripes */
+    bool taking;    /* step 1 of a commit is under way */
+    bool told;      /* Python has been asked for a commit that makes room */
+    uint32_t busy;  /* a queue leads: it has a record under way, and all below is its own */
+    uint64_t session, seq, round, head, tail, taken_head; /* seq: of the last record that was begun; round: of leading */
+    uint64_t offset, ring_bytes;
+    tb_req *waiting; /* FLUSHes for the next record; a stack */
+    tb_req *batch;   /* those of the record under way */
+    uint8_t *buffer; /* NULL: there is no journal */
+    uint64_t at;
+    uint32_t bytes; /* of the record; 0: no row has changed, only the slots are synced */
+    int sync_result, fd;
+} tb_journal;
+
 struct tb_engine {
     int slots_fd;
     uint32_t slot_count, dio_align, low;
+    bool in_memory; /* the cache directory is on tmpfs, where a sync does nothing, and costs a worker thread's turn */
     tb_stripe_state stripes[TB_STRIPES];
 
     tb_lock slot_lock;
@@ -250,6 +290,7 @@ struct tb_engine {
     tb_req *needy;       /* writes that found no slot; a stack */
     uint32_t needy_count, volume_slots; /* volume_slots: that blocks of volumes have */
     tb_req *flushes;     /* that wait for a commit of which Python has not been told; a stack */
+    tb_journal journal;
     uint32_t flush_told, flush_failed, failed_cycles;
     uint32_t drain_scan, filler_quit, need_space_told;
     uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
@@ -274,7 +315,8 @@ struct tb_engine {
 
 /* user_data of every SQE: a pointer (48 bits), what it is (low 4 bits), and the length expected in sectors (top byte).
  * UD_WRITE: of a request's bytes to its volume's slot; UD_DATA: of a request's bytes into its tag's buffer. */
-enum { UD_WAKE, UD_DOOR, UD_SLOT_READ, UD_SLOT_WRITE, UD_RUN_WRITE, UD_ZEROS, UD_DOOR_COPY, UD_HOT, UD_VOLUME_READ, UD_WRITE, UD_DATA, UD_SYNC };
+enum { UD_WAKE, UD_DOOR, UD_SLOT_READ, UD_SLOT_WRITE, UD_RUN_WRITE, UD_ZEROS, UD_DOOR_COPY, UD_HOT, UD_VOLUME_READ, UD_WRITE, UD_DATA, UD_SYNC,
+       UD_RECORD_SYNC, UD_RECORD };
 
 static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 {

@@ -2,6 +2,9 @@
 #define _GNU_SOURCE
 #include "core.h"
 
+#include <linux/magic.h>
+#include <sys/vfs.h>
+
 static void *filler_main(void *argument)
 {
     tb_engine *e = argument;
@@ -35,6 +38,8 @@ int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t stagi
     e->events.wake_fd = e->commands.wake_fd = -1;
     e->slots_fd = slots_fd;
     e->slot_count = slot_count;
+    struct statfs filesystem;
+    e->in_memory = fstatfs(slots_fd, &filesystem) == 0 && filesystem.f_type == TMPFS_MAGIC;
     e->dio_align = dio_align;
     e->staging_bytes = staging_bytes;
     e->sums_fd = sums_fd;
@@ -88,6 +93,7 @@ int tb_engine_free(tb_engine *e)
         if (e->layers[id])
             tb_layer_close(e->layers[id]);
     tb_slots_exit(e);
+    tb_journal_free(e);
     tb_ring_free(&e->events);
     tb_ring_free(&e->commands);
     if (e->fills)

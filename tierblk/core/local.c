@@ -38,7 +38,7 @@ static int local_start(tb_queue *queue)
         queue->reqs[tag].next = door->idle;
         door->idle = &queue->reqs[tag];
     }
-    return io_uring_register_files(&queue->ring, &queue->engine->slots_fd, 1);
+    return tb_files_register(queue, -1);
 }
 
 static void local_complete(tb_queue *queue, tb_req *req)

@@ -1,4 +1,5 @@
-/* The block map of a layer: a sparse shared file on tmpfs (R1), its rows as the index keeps them (R6, R9).
+/* The block map of a layer: a sparse shared file on tmpfs (R1), loaded from the index (R9) or left by a killed
+ * daemon.
  *
  * A map page is touched only after its memory was allocated with fallocate: a full tmpfs is then an error code here,
  * where it would otherwise be a SIGBUS in the middle of a request. */
@@ -9,14 +10,6 @@
 #include <sys/stat.h>
 
 #define PAGE_ENTRIES (TB_PAGE_BYTES / sizeof(tb_entry))
-#define PACKED_ENTRY 12
-
-static uint64_t *bits_new(uint64_t bits, size_t *bytes)
-{
-    *bytes = tb_round_up(bits, 64) / 8;
-    void *p = mmap(NULL, *bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
-}
 
 /* -EBUSY while a door uses it. */
 int tb_layer_set_kind(tb_layer *layer, int kind)
@@ -46,13 +39,12 @@ int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, in
     layer->blocks = tb_round_up(size_bytes, TB_BLOCK_BYTES) / TB_BLOCK_BYTES;
     layer->rows = tb_round_up(layer->blocks, TB_ROW_ENTRIES) / TB_ROW_ENTRIES;
     layer->map_bytes = TB_MAP_HEADER_BYTES + tb_round_up(layer->blocks * sizeof(tb_entry), TB_PAGE_BYTES);
-    layer->ready = bits_new(layer->map_bytes / TB_PAGE_BYTES, &layer->ready_bytes);
-    layer->changed = bits_new(layer->rows, &layer->changed_bytes);
-    layer->changed_words = bits_new(tb_round_up(layer->rows, 64) / 64, &layer->words_bytes);
+    layer->ready = tb_bits_new(layer->map_bytes / TB_PAGE_BYTES, &layer->ready_bytes);
+    int rc = tb_rows_new(&layer->changed, layer->rows) || tb_rows_new(&layer->unflushed, layer->rows) || !layer->ready ? -ENOMEM : 0;
     struct stat st;
-    int rc = fstat(map_fd, &st) ? -errno : (uint64_t)st.st_size < layer->map_bytes ? -ENODATA : 0;
+    rc = rc ? rc : fstat(map_fd, &st) ? -errno : (uint64_t)st.st_size < layer->map_bytes ? -ENODATA : 0;
     layer->map = rc ? MAP_FAILED : mmap(NULL, layer->map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, map_fd, 0);
-    if (layer->map == MAP_FAILED || !layer->ready || !layer->changed || !layer->changed_words) {
+    if (layer->map == MAP_FAILED) {
         rc = rc ? rc : -ENOMEM;
         tb_layer_close(layer);
         return rc;
@@ -73,10 +65,8 @@ int tb_layer_close(tb_layer *layer)
         munmap(layer->map, layer->map_bytes);
     if (layer->ready)
         munmap(layer->ready, layer->ready_bytes);
-    if (layer->changed)
-        munmap(layer->changed, layer->changed_bytes);
-    if (layer->changed_words)
-        munmap(layer->changed_words, layer->words_bytes);
+    tb_rows_free(&layer->changed);
+    tb_rows_free(&layer->unflushed);
     if (layer->engine->layers[layer->id] == layer)
         layer->engine->layers[layer->id] = NULL;
     free(layer);
@@ -110,24 +100,6 @@ uint64_t tb_map_next(const tb_layer *layer, uint64_t block, uint64_t end)
     }
     uint64_t found = page * PAGE_ENTRIES;
     return found < block ? block : found < end ? found : end;
-}
-
-/* After the entry's store: its row differs from the last copy taken. The count is behind the bit for a moment, but never once
- * the request that made the change is completed, and so a FLUSH that comes after it sees it (R7). */
-void tb_map_mark(tb_layer *layer, uint64_t block)
-{
-    uint64_t row = block / TB_ROW_ENTRIES, bit = 1ull << (row & 63);
-    if (tb_bit_get(layer->changed, row))
-        return;
-    if (!(__atomic_fetch_or(&layer->changed[row >> 6], bit, __ATOMIC_SEQ_CST) & bit))
-        __atomic_fetch_add(&layer->changed_rows, 1, __ATOMIC_SEQ_CST);
-    tb_bit_set(layer->changed_words, row / 64);
-}
-
-static uint64_t row_end(const tb_layer *layer, uint64_t row)
-{
-    uint64_t end = (row + 1) * TB_ROW_ENTRIES;
-    return end < layer->blocks ? end : layer->blocks;
 }
 
 static tb_head unpack(const uint8_t *p)
@@ -168,26 +140,26 @@ int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint
     uint32_t sum;
     if (length != TB_ROW_BYTES)
         return -EBADMSG;
-    memcpy(&sum, packed + TB_ROW_ENTRIES * PACKED_ENTRY, sizeof sum);
-    if (sum != tb_crc32c(packed, TB_ROW_ENTRIES * PACKED_ENTRY, 0))
+    memcpy(&sum, packed + TB_ROW_ENTRIES * TB_PACKED_ENTRY, sizeof sum);
+    if (sum != tb_crc32c(packed, TB_ROW_ENTRIES * TB_PACKED_ENTRY, 0))
         return -EBADMSG;
     if (row >= layer->rows)
         return -EINVAL;
-    uint64_t first = row * TB_ROW_ENTRIES, end = row_end(layer, row);
+    uint64_t first = row * TB_ROW_ENTRIES, end = tb_row_end(layer, row);
     for (uint64_t i = 0; i < TB_ROW_ENTRIES; i++) {
-        tb_head head = unpack(packed + i * PACKED_ENTRY);
+        tb_head head = unpack(packed + i * TB_PACKED_ENTRY);
         if (first + i >= end ? head.slot || head.present || head.cached || head.zero || head.dirty
                              : !head_valid(layer, first + i, head))
             return -EINVAL;
         for (uint64_t j = 0; head.slot && j < i; j++)
-            if (unpack(packed + j * PACKED_ENTRY).slot == head.slot)
+            if (unpack(packed + j * TB_PACKED_ENTRY).slot == head.slot)
                 return -EINVAL;
     }
     int rc = tb_map_prepare(layer, first);
     if (rc)
         return rc;
     for (uint64_t block = first; block < end; block++) {
-        tb_head head = unpack(packed + (block - first) * PACKED_ENTRY), kept = head;
+        tb_head head = unpack(packed + (block - first) * TB_PACKED_ENTRY), kept = head;
         if (drop_clean) {
             kept.cached &= head.dirty;
             kept.zero &= head.dirty;
@@ -207,14 +179,9 @@ int tb_layer_bad_row(tb_layer *layer, uint64_t row)
     if (row >= layer->rows)
         return -EINVAL;
     int rc = tb_map_prepare(layer, row * TB_ROW_ENTRIES);
-    for (uint64_t block = row * TB_ROW_ENTRIES; !rc && block < row_end(layer, row); block++)
+    for (uint64_t block = row * TB_ROW_ENTRIES; !rc && block < tb_row_end(layer, row); block++)
         layer->entries[block].head = (tb_head){.present = tb_valid_pages(layer, block)};
     return rc;
-}
-
-static bool persistent(tb_head head)
-{
-    return head.present || head.cached || head.zero || head.dirty;
 }
 
 /* A warm start (R1): the map is the truth. Clears what belonged to the dead session, marks every row, and forgets a
@@ -236,7 +203,7 @@ int64_t tb_layer_warm_start(tb_layer *layer)
                 if (!head.cached)
                     head.slot = 0; /* taken for a write that never ended */
                 memset((uint8_t *)entry + sizeof(tb_head), 0, sizeof(tb_entry) - sizeof(tb_head));
-                if (!persistent(head)) {
+                if (!tb_head_persistent(head)) {
                     tb_entry_store(entry, head);
                     continue;
                 }
@@ -253,81 +220,6 @@ int64_t tb_layer_warm_start(tb_layer *layer)
         at = lseek(layer->map_fd, hole, SEEK_DATA);
     }
     return kept;
-}
-
-static bool pack_row(tb_layer *layer, uint64_t row, uint8_t *packed)
-{
-    bool any = false;
-    uint64_t first = row * TB_ROW_ENTRIES, end = row_end(layer, row);
-    memset(packed, 0, TB_ROW_BYTES);
-    if (!tb_map_has(layer, first))
-        return false;
-    tb_lock *stripe = tb_stripe(layer, first); /* one row, one stripe: the copy is of one instant */
-    tb_lock_take(stripe);
-    for (uint64_t block = first; block < end; block++) {
-        tb_head head = layer->entries[block].head;
-        any |= persistent(head);
-        if (!head.cached)
-            head.slot = 0; /* taken for a write that has not ended: it is in no row before its bytes are in the file (I5) */
-        memcpy(packed + (block - first) * PACKED_ENTRY, &head.slot, 4);
-        memcpy(packed + (block - first) * PACKED_ENTRY + 4, &head.present, 8);
-    }
-    tb_lock_give(stripe);
-    uint32_t sum = tb_crc32c(packed, TB_ROW_ENTRIES * PACKED_ENTRY, 0);
-    memcpy(packed + TB_ROW_ENTRIES * PACKED_ENTRY, &sum, sizeof sum);
-    return any;
-}
-
-/* R6, step 1: clears up to `max` changed bits, each before its row is copied. rows[i] has bit 63 set when the row holds
- * nothing any more and is to be deleted. Returns how many; fewer than `max` when none is left. Event loop only. */
-int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int max)
-{
-    int count = 0;
-    uint64_t words = tb_round_up(layer->rows, 64) / 64;
-    uint32_t was = __atomic_exchange_n(&layer->in_commit, 1, __ATOMIC_SEQ_CST); /* before the count falls: a FLUSH sees one of both (R7) */
-    for (uint64_t group = 0; group < tb_round_up(words, 64) / 64; group++) {
-        uint64_t pending = __atomic_exchange_n(&layer->changed_words[group], 0, __ATOMIC_SEQ_CST);
-        for (; pending; pending &= pending - 1) {
-            uint64_t word = group * 64 + (uint64_t)__builtin_ctzll(pending);
-            while (count < max) {
-                uint64_t bits = __atomic_load_n(&layer->changed[word], __ATOMIC_ACQUIRE);
-                if (!bits)
-                    break;
-                uint64_t row = word * 64 + (uint64_t)__builtin_ctzll(bits);
-                __atomic_fetch_and(&layer->changed[word], ~(bits & -bits), __ATOMIC_SEQ_CST);
-                __atomic_fetch_sub(&layer->changed_rows, 1, __ATOMIC_SEQ_CST);
-                bool any = pack_row(layer, row, packed + (size_t)count * TB_ROW_BYTES);
-                rows[count++] = any ? row : row | 1ull << 63;
-            }
-            if (__atomic_load_n(&layer->changed[word], __ATOMIC_ACQUIRE))
-                tb_bit_set(layer->changed_words, word);
-        }
-        if (count == max)
-            break;
-    }
-    if (!count)
-        __atomic_store_n(&layer->in_commit, was, __ATOMIC_SEQ_CST);
-    return count;
-}
-
-/* R7: a failed cycle's row is changed again. */
-int tb_layer_put_back(tb_layer *layer, uint64_t row)
-{
-    if (row >= layer->rows)
-        return -EINVAL;
-    tb_map_mark(layer, row * TB_ROW_ENTRIES);
-    return 0;
-}
-
-int tb_layer_changed(tb_layer *layer)
-{
-    return __atomic_load_n(&layer->changed_rows, __ATOMIC_SEQ_CST) != 0;
-}
-
-/* The row as it is now: 1 when it holds anything. */
-int tb_layer_peek_row(tb_layer *layer, uint64_t row, uint8_t *packed)
-{
-    return row >= layer->rows ? -EINVAL : pack_row(layer, row, packed);
 }
 
 /* The kept checksums of a block's cached pages into sums[16]; returns the cached mask, 0 when it has none, or what the
@@ -379,7 +271,7 @@ int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
             tb_head head = entry->head;
             TB_ADD(&layer->cached_pages, -(uint64_t)__builtin_popcount(head.cached));
             tb_entry_store(entry, (tb_head){.slot = 0});
-            if (persistent(head))
+            if (tb_head_persistent(head))
                 tb_map_mark(layer, *block);
             if (head.slot)
                 tb_slot_quarantine(layer->engine, head.slot);

@@ -79,6 +79,12 @@ static void take_completions(tb_queue *queue)
         case UD_SYNC:
             tb_sync_done(tb_ud_pointer(ud), cqe->res);
             break;
+        case UD_RECORD_SYNC:
+            tb_record_synced(tb_ud_pointer(ud), cqe->res);
+            break;
+        case UD_RECORD:
+            tb_record_done(tb_ud_pointer(ud), cqe->res);
+            break;
         case UD_ZEROS:
             tb_zeros_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
             break;
@@ -105,6 +111,8 @@ static void tell_ready(tb_queue *queue, int failure)
 
 static bool may_leave(tb_queue *queue)
 {
+    if (queue->leads) /* others wait for its record */
+        return false;
     if (queue->done || (TB_LOAD(&queue->leaving) && TB_LOAD(&queue->stats.active) == 0))
         return true;
     return __atomic_load_n(&queue->quitting, __ATOMIC_ACQUIRE) && TB_LOAD(&queue->stats.active) == 0 &&
@@ -118,6 +126,7 @@ static void serve_until_done(tb_queue *queue)
         if (queue->ops->turn)
             queue->ops->turn(queue);
         tb_clear_turn(queue);
+        tb_journal_turn(queue);
         tb_tell_misses(queue);
         __atomic_exchange_n(&queue->armed, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&queue->inbox, __ATOMIC_SEQ_CST) || (queue->ops->waiting && queue->ops->waiting(queue)))
@@ -135,6 +144,8 @@ static void serve_until_done(tb_queue *queue)
         take_completions(queue);
         hurry_as_needed(queue);
     }
+    if (queue->leads)
+        tb_record_done(queue, -EIO);
     tb_tell_misses(queue); /* a fill that nobody hears of would never end */
 }
 

@@ -232,6 +232,7 @@ void tb_slots_commit_begin(tb_engine *e)
     e->quarantine[0] = e->quarantine[1]; /* empty: commit_end leaves it so */
     e->quarantine[1] = closed;
     tb_lock_give(&e->slot_lock);
+    tb_journal_commit_begin(e);
 }
 
 /* R6, step 4: releases what was freed before step 1; after a failed cycle it goes on waiting (R7). */
@@ -251,6 +252,7 @@ void tb_slots_commit_end(tb_engine *e, int ok)
         __atomic_store_n(&e->quarantined, e->quarantined - released, __ATOMIC_RELAXED);
     }
     tb_lock_give(&e->slot_lock);
+    tb_journal_commit_end(e, ok);
     if (!ok)
         __atomic_fetch_add(&e->failed_cycles, 1, __ATOMIC_SEQ_CST);
     for (unsigned id = 1; id < TB_MAX_LAYERS; id++) /* after a failed cycle its rows are changed again, R7 */

@@ -44,8 +44,7 @@ static int ublk_start(tb_queue *queue)
     if (p == MAP_FAILED)
         return -errno;
     door->descriptors = p;
-    int files[2] = {queue->engine->slots_fd, door->cdev_fd};
-    int rc = io_uring_register_files(&queue->ring, files, 2);
+    int rc = tb_files_register(queue, door->cdev_fd);
     if (rc == 0 && door->zero_copy)
         rc = io_uring_register_buffers_sparse(&queue->ring, queue->depth);
     else if (rc == 0)
