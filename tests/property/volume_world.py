@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from errno import ENOSPC
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.cache_rig import layer_rows, read_superblock
 from tests.property.daemon import begun
@@ -29,6 +30,7 @@ from tierblk.cache.directory import JOURNAL
 from tierblk.cache.invariants import (
     LayerRows,
     SlotCounts,
+    Violation,
     check,
     check_committed,
     check_index,
@@ -43,6 +45,7 @@ BASE_BYTES = 9 * BLOCK_BYTES + 3 * PAGE_BYTES + 5 * SECTOR
 DEVICE_BYTES = 13 * BLOCK_BYTES + 2 * PAGE_BYTES + 3 * SECTOR
 SECTORS = DEVICE_BYTES // SECTOR
 ORIGIN, ZERO = 0, -1
+LOOKS = 100
 _IMAGE = random.Random(11).randbytes(BASE_BYTES)
 
 
@@ -66,6 +69,14 @@ def sector_bytes(value: int, sector: int, image: bytes) -> bytes:
     if value == ORIGIN:
         return image[sector * SECTOR : (sector + 1) * SECTOR].ljust(SECTOR, b"\0")
     return bytes(SECTOR)
+
+
+class Call(NamedTuple):
+    """value: what it writes, 0 for what writes nothing."""
+
+    op: Op
+    value: int
+    future: Future[object]
 
 
 class VolumeWorld:
@@ -105,27 +116,27 @@ class VolumeWorld:
 
     def together(self, ops: Sequence[Op], *, crash: bool = False) -> None:
         """All at once. crash: they are left under way."""
-        values: dict[Op, int] = {}
-        floors = {op: [set(values) for values in self.now] for op in ops if op.kind == "flush"}
+        floor = [set(values) for values in self.now] if any(op.kind == "flush" for op in ops) else None
         stats, records = self.daemon.door.stats(), self._records()
-        snapshot = self.host.content("slots") if floors else b""
-        calls = []
+        snapshot = self.host.content("slots") if floor else b""
+        calls: list[Call] = []
         for op in ops:
+            value = 0
             if op.kind in ("write", "discard", "zeroes"):
                 if op.kind == "write":
                     self.values += 1
-                values[op] = value = self.values if op.kind == "write" else ZERO
+                value = self.values if op.kind == "write" else ZERO
                 for sector in self._changed(op):
                     self.now[sector].add(value)
                     self.cut[sector].add(value)
-            calls.append((op, begun(self._do, op, values.get(op, 0))))
+            calls.append(Call(op, value, begun(self._do, op, value)))
         if crash:
             return
-        self._wait(call for _, call in calls)
-        self._settle(calls, values)
+        self._wait(call.future for call in calls)
+        self._settle(calls)
         bare = self.daemon.door.stats()["flush_commits"] == stats["flush_commits"] and self.held is None
-        if len(ops) == 1 and floors and calls[0][1].exception() is None:
-            self._flushed(floors[ops[0]])
+        if len(ops) == 1 and floor and calls[0].future.exception() is None:
+            self._flushed(floor)
             if bare:
                 self.host.durable["slots"] = snapshot  # C has synced it, where no gate sees it
         elif any(op.flag or op.kind == "flush" for op in ops) and (bare or self._records() > records):
@@ -153,14 +164,14 @@ class VolumeWorld:
             if left and time.monotonic() > deadline:
                 raise AssertionError(f"a hang: {self.daemon.engine.stats()} {self.daemon.door.stats()}")
 
-    def _settle(self, calls: list[tuple[Op, Future[object]]], values: dict[Op, int]) -> None:
+    def _settle(self, calls: list[Call]) -> None:
         self._look_refused()
         written: dict[int, set[int]] = {}
-        for op, call in calls:
-            error = call.exception()
+        for op, value, future in calls:
+            error = future.exception()
             if op.kind == "read":
                 assert error is None, error
-                self._judge(op, call.result(), narrow=False)
+                self._judge(op, future.result(), narrow=False)
             elif error is not None:
                 assert isinstance(error, OSError), repr(error)
                 assert error.errno == ENOSPC or self.refused, f"{op}: {error!r}"
@@ -168,18 +179,18 @@ class VolumeWorld:
                     self._is_full()
             elif op.kind != "flush":
                 for sector in self._changed(op):
-                    written.setdefault(sector, set()).add(values[op])
+                    written.setdefault(sector, set()).add(value)
         failed = {
             sector
-            for op, call in calls
-            if op in values and call.exception() is not None
+            for op, value, future in calls
+            if value and future.exception() is not None
             for sector in self._changed(op)
         }
         for sector, fresh in written.items():
             if sector not in failed:
                 self.now[sector] = set(fresh)
-        for op, call in calls:  # FUA: its own sectors are durable, or what others wrote over them
-            if op.kind in ("write", "zeroes") and op.flag and call.exception() is None:
+        for op, _, future in calls:  # FUA: its own sectors are durable, or what others wrote over them
+            if op.kind in ("write", "zeroes") and op.flag and future.exception() is None:
                 for sector in self._changed(op):
                     self.cut[sector] = set(self.now[sector])
 
@@ -354,9 +365,25 @@ class VolumeWorld:
     # -- what must hold ---
 
     def check(self) -> None:
-        """Every invariant that rows, slots and counters can show, while no call is under way."""
+        """Every invariant that rows, slots and counters can show, while no call is under way.
+
+        The daemon may begin a cycle by itself at any moment: what was seen beside one is seen again.
+        """
+        for _ in range(LOOKS):
+            self.daemon.quiet(cycle_held=self.held is not None)
+            before = self.daemon.cache.committer._running
+            found = self._violations()
+            ended = self.held is not None or before is None or before.done()
+            if ended and self.daemon.cache.committer._running is before:
+                break
+        else:
+            raise AssertionError("commits without end")
+        assert not found, "\n".join(map(str, found))
+        door = self.daemon.door.stats()
+        assert (door["active"], door["waiting"]) == (0, 0), f"I11: {door}"
+
+    def _violations(self) -> list[Violation]:
         daemon = self.daemon
-        daemon.quiet(cycle_held=self.held is not None)
         live = layer_rows(daemon.cache)
         meta = daemon.cache._index.meta()
         kinds = {rows.layer_id: rows for rows in live}
@@ -376,9 +403,7 @@ class VolumeWorld:
             if not any(layer.changed() for layer in daemon.engine.layers.values()):
                 found += check_committed(index, live)
         found += check_session(read_superblock(self.host.directory), meta.session, meta.clean, running=True)
-        assert not found, "\n".join(map(str, found))
-        door = daemon.door.stats()
-        assert (door["active"], door["waiting"]) == (0, 0), f"I11: {door}"
+        return found
 
     def _with_journal(self, index: list[LayerRows]) -> list[LayerRows]:
         """What the next opening would take for the index."""

@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.torture import cuts, kills, reads
+from tests.torture import cuts, databases, kills, reads
 from tests.torture.rig import put_summary, say
 
 
 def main() -> int:
     """The command line."""
     options = _parser().parse_args()
-    where = {} if options.run == "cuts" else {"folder": options.folder, "images": options.images}
+    where = {"folder": options.folder, "images": options.images} if options.run in ("reads", "kills") else {}
     if options.run == "reads":
         faults = reads.FAULTS if options.faults is None else options.faults
         summary = reads.run(
@@ -21,6 +21,11 @@ def main() -> int:
         )
     elif options.run == "cuts":
         summary = cuts.go(cuts.Cuts(options.seed, options.count, options.folder))
+    elif options.run == "databases":
+        names = tuple(options.only or databases.NAMES)
+        summary = databases.go(
+            databases.Databases(options.seed, options.count, options.folder, options.plane, names)
+        )
     else:
         rounds = {kind: getattr(options, kind) for kind in kills.KINDS}
         summary = kills.run(
@@ -45,11 +50,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         run.add_argument("--images", type=Path, default=Path("/srv"), help="a folder for the image")
         run.add_argument("--json", type=Path, help="the summary goes there too")
-    run = runs.add_parser("cuts", help=cuts.__doc__, description=cuts.__doc__)
-    run.add_argument("--seed", type=int, default=1)
-    run.add_argument("--count", type=int, default=200)
-    run.add_argument("--folder", type=Path, default=Path("/cache/cuts"), help="made, and removed afterwards")
-    run.add_argument("--json", type=Path, help="the summary goes there too")
+    for name, text, count in (("cuts", cuts.__doc__, 200), ("databases", databases.__doc__, 50)):
+        run = runs.add_parser(name, help=text, description=text)
+        run.add_argument("--seed", type=int, default=1)
+        run.add_argument("--count", type=int, default=count)
+        where = Path("/cache") / name
+        run.add_argument("--folder", type=Path, default=where, help="made, and removed afterwards")
+        run.add_argument("--json", type=Path, help="the summary goes there too")
+    runs.choices["databases"].add_argument("--plane", default="auto")
+    runs.choices["databases"].add_argument("--only", choices=databases.NAMES, action="append")
     runs.choices["reads"].add_argument("--count", type=int, default=5000)
     runs.choices["reads"].add_argument(
         "--faults", help="for tests.faults; default: all that heal by themselves"

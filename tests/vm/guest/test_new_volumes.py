@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.torture import databases
 from tests.torture.cuts import Cuts, go
 from tests.vm.guest.device_rig import MIB, DaemonProcess
 from tests.vm.guest.helpers import Tierblk, run
 from tests.vm.guest.test_device_writes import Direct
 
 CUTS = 3
+DATABASE_ROUNDS = int(os.environ.get("TIERBLK_DATABASE_ROUNDS", "3"))
 
 
 def test_i2_what_was_flushed_is_there_after_a_power_cut(scratch: Path) -> None:
@@ -24,6 +27,14 @@ def test_i2_what_was_flushed_is_there_after_a_power_cut(scratch: Path) -> None:
     assert summary["cuts"] == CUTS
     assert summary["between_marks"] > 0
     assert summary["wrong"] == []
+
+
+def test_what_a_database_committed_is_there_after_every_death(scratch: Path) -> None:
+    """SQLite's own promise, over ext4 (tests/torture/databases.py, which can do the same with PostgreSQL)."""
+    plan = databases.Databases(seed=5, count=DATABASE_ROUNDS, folder=scratch / "databases", names=("sqlite",))
+    summary = databases.go(plan)
+    assert summary["wrong"] == []
+    assert summary["sqlite"]["power"] == DATABASE_ROUNDS // 3
 
 
 def test_a_volume_of_a_pebibyte_costs_nothing_before_it_is_written(scratch: Path, tierblk: Tierblk) -> None:
