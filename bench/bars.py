@@ -46,6 +46,13 @@ def _hits(medium: str, peer: str, *least: tuple[int, float]) -> list[Bar]:
     return [Bar(("hit", medium, kib * KIB, 32), peer, at_least=value) for kib, value in least]
 
 
+def _writes(section: str, kib: int, depth: int, **least: float) -> list[Bar]:
+    """By medium."""
+    return [
+        Bar((section, medium, kib * KIB, depth), "loop", at_least=value) for medium, value in least.items()
+    ]
+
+
 BARS: Sequence[Bar] = (
     *_hits("tmpfs", "null", (4, 0.70), (16, 0.55), (64, 0.45)),
     *_hits("tmpfs", "loop", (4, 0.80), (16, 0.85), (64, 0.90)),
@@ -57,6 +64,11 @@ BARS: Sequence[Bar] = (
     Bar(("memory-idle", "one device", 0, 0), "", at_most=64),
     Bar(("memory-block", "contiguous", 0, 0), "", at_most=40),
     *(Bar(("p99-mixed", medium, 4 * KIB, 1), "idle", at_most=2.0) for medium in ("tmpfs", "disk")),
+    *_writes("write", 4, 32, tmpfs=0.80, disk=0.90),
+    *_writes("write-stream", 64, 32, tmpfs=0.90, disk=0.75),
+    *_writes("fsync", 4, 1, tmpfs=0.7, disk=0.7),
+    *_writes("fsync-row", 4, 1, tmpfs=0.4, disk=0.4),
+    *(Bar(("p99-writing", medium, 4 * KIB, 1), "idle", at_most=3.0) for medium in ("tmpfs", "disk")),
     *(Bar(("cpu", "native", MIB, depth), "", at_most=1.1) for depth in (1, 4)),
     *(Bar(("cpu", "native, unwritten", MIB, depth), "", at_most=0.8) for depth in (1, 4)),
     *(Bar(("cpu-block", "native", 64 * KIB, depth), "", at_most=300) for depth in (1, 4)),

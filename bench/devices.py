@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from bench import fio
 from bench.context import Bench
@@ -49,13 +50,14 @@ def measure(bench: Bench, url: str, image: Path) -> None:
 
 
 def _run(bench: Bench, ways: dict[str, list[str]], way: Target, i: int) -> str:
+    files: dict[str, Any] = {f"file{n}": path for n, path in enumerate(ways[way.name])}
     jobs = fio.run_jobs(
         "devices",
         size=bench.plan.hit_mib * MIB,
         bs=SIZE_BYTES,
         depth=DEPTH,
         runtime_ms=bench.plan.run_ms,
-        **{f"file{n}": path for n, path in enumerate(ways[way.name])},
+        **files,
     )
     iops = [read.iops for read in jobs.values()]
     bench.sample(SECTION, "tmpfs", way.name, SIZE_BYTES, COUNT * DEPTH, i, sum(iops))

@@ -19,9 +19,9 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True)
-class FioRead:
-    """What one job read. Latencies in us, from submission to completion; 0 in jobs that do not take the
-    time."""
+class FioJob:
+    """What one job read or wrote; none here does both. Latencies in us, from submission to completion; 0 in
+    jobs that do not take the time."""
 
     requests: int
     iops: float
@@ -30,13 +30,13 @@ class FioRead:
     p99_us: float
 
 
-def parse(output: str) -> dict[str, FioRead]:
+def parse(output: str) -> dict[str, FioJob]:
     """fio's JSON, with whatever it printed before it: its jobs by name. Raises BenchError when there is none,
     or one failed."""
     start = output.find("{")
     try:
         document: Any = json.loads(output[start:]) if start >= 0 else None
-        jobs = {str(job["jobname"]): _read(job) for job in document["jobs"]}
+        jobs = {str(job["jobname"]): _job(job) for job in document["jobs"]}
         failed = [job["error"] for job in document["jobs"] if job.get("error", 0)]
     except (ValueError, KeyError, TypeError) as error:
         raise BenchError(f"fio gave no result that can be read ({error}): {output[:300]!r}") from None
@@ -47,30 +47,34 @@ def parse(output: str) -> dict[str, FioRead]:
     return jobs
 
 
-def _read(job: Any) -> FioRead:
-    read = job["read"]
-    latency = read.get("lat_ns", {})
+def _job(job: Any) -> FioJob:
+    side = job["read"]
+    if job.get("write", {}).get("total_ios"):
+        side = job["write"]
+    latency = side.get("lat_ns", {})
     percentiles = latency.get("percentile", {})
-    return FioRead(
-        requests=int(read["total_ios"]),
-        iops=float(read["iops"]),
-        bytes_per_s=float(read["bw_bytes"]),
+    return FioJob(
+        requests=int(side["total_ios"]),
+        iops=float(side["iops"]),
+        bytes_per_s=float(side["bw_bytes"]),
         mean_us=float(latency.get("mean", 0)) / 1000,
         p99_us=float(percentiles.get("99.000000", 0)) / 1000,
     )
 
 
-def run(job: str, **settings: str | int) -> FioRead:
-    """Runs JOB.fio, which has one job; `settings` are the variables that the file names. Raises
-    BenchError."""
-    (read,) = run_jobs(job, **settings).values()
-    return read
+def run(job: str, *, writes: bool = False, **settings: str | int) -> FioJob:
+    """Runs JOB.fio, which has one job; `settings` are the variables that the file names. Only with `writes`
+    may it write. Raises BenchError."""
+    (found,) = run_jobs(job, writes=writes, **settings).values()
+    return found
 
 
-def run_jobs(job: str, **settings: str | int) -> dict[str, FioRead]:
+def run_jobs(job: str, *, writes: bool = False, **settings: str | int) -> dict[str, FioJob]:
     """The same for a file with several jobs: each by its name. Raises BenchError."""
     environment = {**os.environ, **{name.upper(): str(value) for name, value in settings.items()}}
-    command = ["fio", "--readonly", "--output-format=json", str(HERE / f"{job}.fio")]
+    command = ["fio", "--output-format=json", str(HERE / f"{job}.fio")]
+    if not writes:
+        command.insert(1, "--readonly")
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False

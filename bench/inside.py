@@ -10,7 +10,7 @@ from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
-from bench import devices, hits, memory, misses, mixed, queues
+from bench import devices, hits, memory, misses, mixed, queues, writes
 from bench.context import Bench
 from bench.disk import folder_on
 from bench.fio import BenchError
@@ -19,7 +19,18 @@ from bench.process import Progress, output
 from bench.results import Result
 from bench.targets import nginx
 
-SECTIONS = ("hits-tmpfs", "hits-memory", "hits-disk", "queues", "devices", "mixed", "misses", "memory")
+SECTIONS = (
+    "hits-tmpfs",
+    "hits-memory",
+    "hits-disk",
+    "queues",
+    "devices",
+    "mixed",
+    "misses",
+    "memory",
+    "writes-tmpfs",
+    "writes-disk",
+)
 
 
 def measure(
@@ -63,7 +74,7 @@ def _run(bench: Bench, sections: Container[str]) -> None:
         if "devices" in sections:
             devices.measure(bench, url, image)
     if not bench.disk:
-        bench.skip("hits, latency and mixed reads on a disk", "TIERBLK_BENCH_DISK names none")
+        bench.skip("hits, latency, mixed reads and writes on a disk", "TIERBLK_BENCH_DISK names none")
     if "mixed" in sections:
         size_mib = bench.plan.hit_mib + bench.plan.mixed_mib
         with (
@@ -82,3 +93,7 @@ def _run(bench: Bench, sections: Container[str]) -> None:
             misses.measure(bench, medium, folder, f"{address}/{image.name}", image)
     if "memory" in sections:
         memory.measure(bench)
+    if "writes-tmpfs" in sections:
+        writes.measure(bench, "tmpfs", bench.home)
+    if "writes-disk" in sections and bench.disk:
+        writes.measure(bench, "disk", bench.disk)

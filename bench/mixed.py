@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import fio
 from bench.context import Bench
-from bench.fio import FioRead
+from bench.fio import FioJob
 from bench.process import running
 from bench.targets import MIB, Target, Tierblk, attached, read_start
 
@@ -58,7 +58,7 @@ def _round(bench: Bench, medium: str, tierblk: Tierblk, target: Target, file: Pa
     bench.progress(f"hits while misses stream, {medium}, round {i + 1}/{bench.plan.rounds}: 99 %: {said}")
 
 
-def _hits(bench: Bench, target: Target) -> FioRead:
+def _hits(bench: Bench, target: Target) -> FioJob:
     return fio.run(
         "latency",
         file=target.path,

@@ -20,6 +20,11 @@ class Plan:
 
     mixed_mib: int = 512
     """What misses stream through while hits are timed."""
+    write_ms: int = 1500
+    """Of a run of writes: what a flush takes on a disk varies more than a hit."""
+    write_mib: int = 256
+    """Of the volume that is written to: more than `hit_mib`. In a run that changes rows each of its blocks is
+    written once."""
     memory_warm_mib: int = 4608
     memory_mib: int = 3072
     """Read before, so that the core's rings of 65,536 records have been round; and cached while growth is
@@ -37,6 +42,8 @@ class Plan:
             miss_mib=64,
             miss_depths=(4,),
             mixed_mib=64,
+            write_ms=300,
+            write_mib=128,
             memory_warm_mib=64,
             memory_mib=256,
             blocks_mib=32,

@@ -50,10 +50,10 @@ FIGURES = {
 @dataclass(frozen=True)
 class Sample:
     """`section`: hit (IOPS), latency (us), p99 (us), miss (MB/s), cpu (CPU-seconds per GB of the server),
-    cpu-hit (CPU us a request), cpu-block (CPU us a block), queues and devices (IOPS), p99-mixed (us),
-    cold-random (IOPS), cold-cpu (CPU us a read), cold-stream (MB/s), or one of FIGURES. `medium`: where the
-    cache is, or native; the pattern of cold reads. `size_bytes` of a request, `depth`: both 0 where there is
-    none; `round` from 0."""
+    cpu-hit (CPU us a request), cpu-block (CPU us a block), queues and devices (IOPS), p99-mixed and
+    p99-writing (us), write, fsync and fsync-row (IOPS), write-stream (MB/s), cold-random (IOPS), cold-cpu
+    (CPU us a read), cold-stream (MB/s), or one of FIGURES. `medium`: where the cache is, or native; the
+    pattern of cold reads. `size_bytes` of a request, `depth`: both 0 where there is none; `round` from 0."""
 
     section: str
     medium: str

@@ -42,7 +42,7 @@ http {{
 
 @dataclass(frozen=True)
 class Target:
-    """A block device that reads can be sent to, and the process that serves it, if one does."""
+    """A block device that requests can be sent to, and the process that serves it, if one does."""
 
     name: str
     path: str
@@ -51,12 +51,36 @@ class Target:
 
 def make_image(path: Path, size_bytes: int) -> None:
     """The same bytes every time: no page is like another, none is zero, none compresses."""
-    piece = bytearray(random.Random(size_bytes).randbytes(MIB))
     with open(path, "wb") as file:
-        for start in range(0, size_bytes, MIB):
-            for page in range(0, MIB, PAGE_BYTES):
-                piece[page : page + 8] = (start + page + 1).to_bytes(8, "little")
+        for piece in _pieces(size_bytes):
             file.write(piece)
+
+
+def _pieces(size_bytes: int) -> Iterator[bytearray]:
+    """Such bytes, a MiB at a time; a piece lasts until the next is asked for."""
+    piece = bytearray(random.Random(size_bytes).randbytes(MIB))
+    for start in range(0, size_bytes, MIB):
+        for page in range(0, MIB, PAGE_BYTES):
+            piece[page : page + 8] = (start + page + 1).to_bytes(8, "little")
+        yield piece
+
+
+def write_all(path: str, size_bytes: int) -> str:
+    """Writes the bytes of such an image over a device, past the page cache, and flushes it; their
+    SHA-256."""
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        with mmap.mmap(-1, MIB) as buffer:
+            for i, piece in enumerate(_pieces(size_bytes)):
+                digest.update(piece)
+                buffer[:] = piece
+                if os.pwritev(fd, [buffer], i * MIB) != MIB:
+                    raise BenchError(f"{path} took only a part of a write")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
 
 
 def read_all(path: str) -> str:
@@ -111,15 +135,17 @@ class Tierblk:
         self,
         home: Path,
         cache_dir: Path,
-        url: str,
+        url: str | None,
         cache_mib: int,
         *,
         name: str = "tierblk",
         device_name: str = "bench",
+        volume: str = "",
         **device: str | int,
     ) -> None:
-        """name: in the report; device: keys of its [device]. Devices of one daemon have one cache_dir, other
-        homes and other device names."""
+        """url: of its base, if it has one; volume: size of its local volume, if it has one. name: in the
+        report; device: keys of its [device]. Devices of one daemon have one cache_dir, other homes and other
+        device names."""
         self.name = name
         self.device_name = device_name
         self.home = home
@@ -130,8 +156,9 @@ class Tierblk:
         self._config.write_text(
             f'[device]\nname = "{device_name}"\n'
             + "".join(f"{key} = {json.dumps(value)}\n" for key, value in device.items())
-            + f'[base]\nurl = "{url}"\n'
-            f'[cache]\ndir = "{cache_dir}"\nsize = "{cache_mib}MiB"\n'
+            + (f'[base]\nurl = "{url}"\n' if url else "")
+            + (f'[volume]\nmode = "local"\nsize = "{volume}"\n' if volume else "")
+            + f'[cache]\ndir = "{cache_dir}"\nsize = "{cache_mib}MiB"\n'
         )
 
     def _tierblk(self, *words: str) -> str:
@@ -182,10 +209,11 @@ def all_attached(devices: Sequence[Tierblk]) -> Iterator[list[Target]]:
 
 
 @contextmanager
-def loop(file: Path) -> Iterator[Target]:
+def loop(file: Path, *, writable: bool = False) -> Iterator[Target]:
     """The kernel's loop driver with direct I/O. Raises BenchError when the file's filesystem does not do
     it."""
-    path = output(["losetup", "--find", "--show", "--read-only", "--direct-io=on", file]).strip()
+    allowed = [] if writable else ["--read-only"]
+    path = output(["losetup", "--find", "--show", *allowed, "--direct-io=on", file]).strip()
     try:
         if Path(f"/sys/block/{Path(path).name}/loop/dio").read_text().strip() != "1":
             raise BenchError(f"loop does no direct I/O on {file}, so it is no peer")

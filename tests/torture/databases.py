@@ -62,6 +62,7 @@ class Lines:
 
     def __init__(self, stream: Any) -> None:
         self.last = -1
+        self._stream = stream
         self._thread = threading.Thread(target=self._run, args=(stream,), daemon=True)
         self._thread.start()
 
@@ -73,6 +74,7 @@ class Lines:
     def end(self) -> int:
         """When the writer has ended."""
         self._thread.join(LIMIT_S)
+        self._stream.close()
         return self.last
 
 
@@ -183,7 +185,7 @@ class Postgresql:
         pipe, n = self._client.stdin, first
         assert pipe is not None
         with suppress(OSError, ValueError):
-            while True:
+            while True:  # until nobody reads any more
                 pipe.write(
                     f"INSERT INTO t VALUES ({n % KEYS}, {n}, repeat('{n}', {n % 97})) "
                     "ON CONFLICT (k) DO UPDATE SET n = excluded.n, words = excluded.words RETURNING n;\n"
@@ -198,6 +200,9 @@ class Postgresql:
         self._client.wait(LIMIT_S)
         wait_until(lambda: all(map(_is_gone, family)), LIMIT_S, "a PostgreSQL process does not end")
         self._writer.join(LIMIT_S)
+        with suppress(OSError):  # what is in it goes nowhere
+            assert self._client.stdin is not None
+            self._client.stdin.close()
         self.acknowledged = max(self.acknowledged, self._lines.end())
 
     def found(self) -> dict[int, int]:

@@ -36,6 +36,15 @@ def test_every_bar_has_one_limit_and_a_series_of_its_own() -> None:
     assert all(bar.series[0] in {*report.TITLES, *FIGURES} for bar in BARS)
 
 
+def test_writes_have_a_bar_on_every_medium() -> None:
+    bars = {(bar.series[:2], bar.peer): bar for bar in BARS}
+    for medium in ("tmpfs", "disk"):
+        for section in ("write", "write-stream", "fsync", "fsync-row"):
+            assert bars[(section, medium), "loop"].at_least is not None
+        assert bars[("p99-writing", medium), "idle"].meets(3.0)
+        assert not bars[("p99-writing", medium), "idle"].meets(3.1)
+
+
 def test_a_bar_is_checked_against_the_ratio_or_the_figure() -> None:
     result = _with_memory(41.5)
     result.samples += hits(null=[2.0]).samples
