@@ -26,6 +26,8 @@ IMAGE = bytes(range(1, 251)) * (130 * BLOCK_BYTES // 250)
 IMAGE = IMAGE[: len(IMAGE) // SECTOR * SECTOR]
 SIZE_BYTES = 140 * BLOCK_BYTES
 MARK = b"\xee" * BLOCK_BYTES
+BLANK_MAP_BLOCKS = 8
+"""Of 512 bytes: the header's page."""
 
 
 @pytest.fixture
@@ -126,7 +128,10 @@ def test_a_dropped_volume_leaves_nothing_and_its_map_is_used_again(host: Host) -
         door.drain()
         door.quit()
         door.close()
+        map_file = host.run_dir / str(cache.uuid) / "maps" / f"{layer.layer_id}.map"
+        assert map_file.stat().st_blocks > BLANK_MAP_BLOCKS
         daemon.run(cache.drop_volume("short"))
+        assert map_file.stat().st_blocks <= BLANK_MAP_BLOCKS, "its memory is given back"
         assert cache.volume("short") is None
     assert len(daemon.engine.layers) == 3, "base, volume, and one for all that came and went"
     daemon.run(cache.commit())

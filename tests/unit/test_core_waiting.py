@@ -243,6 +243,27 @@ read.result({wait_s})
 """
 
 
+_SILENT_WRITER = """\
+import os, pathlib, sys, tempfile
+sys.path.insert(0, {root!r})
+from tierblk.core import BLOCK_BYTES, Engine, LocalDoor, map_bytes
+folder = pathlib.Path(tempfile.mkdtemp())
+def file(name, size):
+    fd = os.open(folder / name, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, size)
+    return fd
+engine = Engine(slots_fd=file("slots", 9 * BLOCK_BYTES), slot_count=9, sums_fd=file("sums", 9 * 64), staging_bytes=BLOCK_BYTES)
+size = 64 * BLOCK_BYTES
+volume = engine.open_layer(1, file("map", map_bytes(size)), size, kind="local")
+engine.finish_load()
+engine.set_watchdog(0.6)
+door = LocalDoor(engine, None, volume=volume)
+for block in range({blocks}):
+    door.write(block * BLOCK_BYTES, bytes(4096))
+door.flush()
+"""
+
+
 @pytest.mark.parametrize("beats", [False, True])
 def test_the_watchdog_ends_a_silent_loop_only(beats: bool, tmp_path: Path) -> None:
     """Only while requests wait, and only a loop that says nothing for longer than the limit."""
@@ -267,3 +288,21 @@ def test_the_watchdog_ends_a_silent_loop_only(beats: bool, tmp_path: Path) -> No
     else:
         assert ended.returncode == -signal.SIGABRT, ended.stderr
         assert "the event loop has not answered" in ended.stderr
+
+
+@pytest.mark.parametrize("what", ["a FLUSH", "a write without a slot"])
+def test_the_watchdog_knows_of_writers(what: str, tmp_path: Path) -> None:
+    """They wait for a commit, which a loop that has died will never run; no fill is under way."""
+    root = str(Path(__file__).parents[2])
+    blocks = 1 if what == "a FLUSH" else 9
+    source = _SILENT_WRITER.format(root=root, blocks=blocks)
+    ended = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"TMPDIR": str(tmp_path)},
+    )
+    assert ended.returncode == -signal.SIGABRT, ended.stderr
+    assert "the event loop has not answered" in ended.stderr

@@ -116,6 +116,7 @@ void tb_sync_done(tb_req *req, int result);
 
 /* filler.c */
 void tb_filler_wake(tb_engine *engine);
+void tb_rouse(tb_engine *engine);
 void *tb_filler_main(void *argument);
 
 /* serve.c */

@@ -274,6 +274,7 @@ struct tb_engine {
     uint64_t staging_bytes;
 
     tb_layer *layers[TB_MAX_LAYERS];
+    unsigned layers_end; /* no id from here on was ever used */
     uint32_t tags, next_door;
 
     tb_fill *fills, *fill_free;
@@ -291,7 +292,7 @@ struct tb_engine {
     uint32_t needy_count, volume_slots; /* volume_slots: that blocks of volumes have */
     tb_req *flushes;     /* that wait for a commit of which Python has not been told; a stack */
     tb_journal journal;
-    uint32_t flush_told, flush_failed, failed_cycles;
+    uint32_t flush_told, flush_failed, failed_cycles, flushes_waiting; /* the last: also those that Python has taken */
     uint32_t drain_scan, filler_quit, need_space_told;
     uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
     uint32_t impatient; /* doors whose patience ends some time */
@@ -336,6 +337,12 @@ static inline void *tb_ud_pointer(uint64_t ud)
 static inline uint32_t tb_ud_bytes(uint64_t ud)
 {
     return (uint32_t)(ud >> 56) * TB_SECTOR;
+}
+
+/* Whether a request can only go on when the event loop does something. */
+static inline bool tb_needs_python(const tb_engine *e)
+{
+    return TB_LOAD(&e->fills_active) || TB_LOAD(&e->needy_count) || TB_LOAD(&e->flushes_waiting);
 }
 
 /* Onto a stack that any thread may push to. */

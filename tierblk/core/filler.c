@@ -10,6 +10,15 @@ void tb_filler_wake(tb_engine *e)
     tb_ring_kick(&e->commands);
 }
 
+/* After something that only the event loop can answer was counted (tb_needs_python): the filler looks at the clock from now on, for
+ * the watchdog and for patience. */
+void tb_rouse(tb_engine *e)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* the count before dozing; the filler looks the other way round */
+    if (TB_LOAD(&e->dozing))
+        tb_filler_wake(e);
+}
+
 /* The state first: a free fill may become another block's while we look, and only its state says when its token is set.
  * The other way round an old token could match, and the state be the new fill's (R5). */
 static tb_fill *by_token(tb_engine *e, uint32_t token)
@@ -155,13 +164,13 @@ static bool has_work(tb_engine *e)
  * that come now and then wake it no more often. */
 static bool needs_ticks(tb_engine *e)
 {
-    if (TB_LOAD(&e->fills_active))
+    if (tb_needs_python(e))
         e->active_ms = e->now_ms;
     if (e->now_ms - e->active_ms < LINGER_MS)
         return true;
     __atomic_store_n(&e->dozing, 1, __ATOMIC_RELAXED);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* tb_tell_misses has its mirror image */
-    return TB_LOAD(&e->fills_active) != 0; /* begun meanwhile, by somebody who did not see it doze */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* tb_rouse has its mirror image */
+    return tb_needs_python(e); /* begun meanwhile, by somebody who did not see it doze */
 }
 
 static void submit_and_sleep(tb_engine *e, bool idle)

@@ -22,8 +22,10 @@ void tb_flush_by_commit(tb_req *req)
     tb_engine *e = req->queue->engine;
     TB_ADD(&req->queue->stats.flush_commits, 1);
     TB_ADD(&req->queue->stats.waiting, 1);
+    TB_ADD(&e->flushes_waiting, 1);
     tb_push_req(&e->flushes, req);
     tb_flush_tell(e);
+    tb_rouse(e);
 }
 
 /* In this order. A record takes rows out when the journal is busy, and a failed one is told of before it is idle again. Rows are taken
@@ -94,6 +96,8 @@ tb_req *tb_flush_take(tb_engine *e)
 /* Any thread: that cycle is over. */
 void tb_flush_done(tb_req *batch, int result)
 {
+    for (tb_req *req = batch; req; req = req->next)
+        TB_ADD(&req->queue->engine->flushes_waiting, -1u);
     tb_hand_back_all(batch, result);
 }
 

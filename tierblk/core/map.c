@@ -52,6 +52,8 @@ int tb_layer_open(tb_engine *e, uint16_t id, int map_fd, uint64_t size_bytes, in
     madvise(layer->map, layer->map_bytes, MADV_DONTDUMP);
     layer->entries = (tb_entry *)(layer->map + TB_MAP_HEADER_BYTES);
     e->layers[id] = layer;
+    if (e->layers_end <= id)
+        __atomic_store_n(&e->layers_end, id + 1u, __ATOMIC_RELAXED);
     *out = layer;
     return 0;
 }
@@ -278,7 +280,12 @@ int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
             tb_lock_give(stripe);
         }
     }
-    return *block < layer->blocks;
+    if (*block < layer->blocks)
+        return 1;
+    /* Its memory goes as well: nobody looks at an entry without asking tb_map_has. */
+    madvise(layer->ready, layer->ready_bytes, MADV_DONTNEED);
+    fallocate(layer->map_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, TB_MAP_HEADER_BYTES, (off_t)(layer->map_bytes - TB_MAP_HEADER_BYTES));
+    return 0;
 }
 
 uint64_t tb_layer_cached_pages(tb_layer *layer)

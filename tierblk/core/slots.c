@@ -255,7 +255,7 @@ void tb_slots_commit_end(tb_engine *e, int ok)
     tb_journal_commit_end(e, ok);
     if (!ok)
         __atomic_fetch_add(&e->failed_cycles, 1, __ATOMIC_SEQ_CST);
-    for (unsigned id = 1; id < TB_MAX_LAYERS; id++) /* after a failed cycle its rows are changed again, R7 */
+    for (unsigned id = 1; id < TB_LOAD(&e->layers_end); id++) /* after a failed cycle its rows are changed again, R7 */
         if (e->layers[id])
             __atomic_store_n(&e->layers[id]->in_commit, 0, __ATOMIC_SEQ_CST);
     if (!ok)

@@ -188,6 +188,7 @@ static void wait_for_space(tb_req *req, tb_lock *stripe)
         return;
     }
     TB_COUNT(&req->queue->stats.space_waits, 1);
+    tb_rouse(e);
     if (TB_LOAD(&e->free_count)) /* freed since it looked: whoever freed them may have woken nobody */
         tb_needy_wake(e, NULL, 0);
     else if (tb_need_space(e))

@@ -201,9 +201,7 @@ void tb_tell_misses(tb_queue *queue)
         fill = next;
     }
     tb_ring_kick(&e->events);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* fills_active before dozing; the filler looks the other way round */
-    if (TB_LOAD(&e->dozing))
-        tb_filler_wake(e);
+    tb_rouse(e);
 }
 
 /* Under the stripe lock, in a queue's thread: a marked entry was touched. Without a free note the mark is lost, and the
@@ -356,6 +354,6 @@ void tb_tick(tb_engine *e)
     }
     tb_write_flush(e, 4 * TB_TICK_MS);
     uint32_t limit_ms = TB_LOAD(&e->watchdog_ms), silent_ms = e->now_ms - TB_LOAD(&e->beat_ms);
-    if (limit_ms && TB_LOAD(&e->fills_active) && (int32_t)silent_ms > 0 && silent_ms > limit_ms)
+    if (limit_ms && tb_needs_python(e) && (int32_t)silent_ms > 0 && silent_ms > limit_ms)
         bark(silent_ms);
 }
