@@ -3,5 +3,6 @@
 from tierblk.cache.cache import Cache
 from tierblk.cache.evict import Watermarks, commit_is_due, slots_to_evict
 from tierblk.cache.start import StartMode
+from tierblk.cache.throttle import Throttle
 
-__all__ = ["Cache", "StartMode", "Watermarks", "commit_is_due", "slots_to_evict"]
+__all__ = ["Cache", "StartMode", "Throttle", "Watermarks", "commit_is_due", "slots_to_evict"]

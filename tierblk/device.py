@@ -481,6 +481,7 @@ _SHOWN_STATS = (
     "write_bytes",
     "partial_writes",
     "space_waits",
+    "paced",
     "flush_requests",
     "flush_records",
     "flush_commits",

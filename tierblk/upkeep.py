@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from errno import EIO, ENOSPC
 from typing import Any
 
-from tierblk.cache import Cache, Watermarks, commit_is_due, slots_to_evict
+from tierblk.cache import Cache, Throttle, Watermarks, commit_is_due, slots_to_evict
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, EVICT, EVICTED, FLUSH, NEED_SPACE, Record
 from tierblk.errors import TierblkError
@@ -33,6 +34,8 @@ class Upkeep:
             cache.engine.slot_count - 1, settings.free_low_percent, settings.free_high_percent
         )
         self._evicting_slots = 0
+        self._throttle = Throttle(self._marks)
+        self._pace_per_s: float | None = None
         self._commit_failure: str | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beating: asyncio.TimerHandle | None = None
@@ -63,7 +66,21 @@ class Upkeep:
     def trouble(self) -> str | None:
         """What keeps the cache from keeping what is fetched or written, if anything does."""
         refusal = self._cache.committer.refusal  # also of a FLUSH that failed in C
-        return refusal or self._commit_failure or self._fills.slot_write_failure or self._fullness()
+        return (
+            refusal
+            or self._commit_failure
+            or self._fills.slot_write_failure
+            or self._fullness()
+            or self._slowness()
+        )
+
+    def _slowness(self) -> str | None:
+        if self._pace_per_s is None:
+            return None
+        return (
+            "volumes are written faster than room is made for them: what is new is slowed down to "
+            f"{format_size(round(self._pace_per_s) * BLOCK_BYTES)} of slots a second"
+        )
 
     def _fullness(self) -> str | None:
         """That volumes have taken so much that the next write may find no room."""
@@ -101,6 +118,7 @@ class Upkeep:
         engine = self._cache.engine
         stats = engine.stats()
         free, quarantined = stats["free"], stats["quarantined"]
+        self._set_pace(stats)
         count = slots_to_evict(
             self._marks,
             total=stats["slots"],
@@ -118,8 +136,22 @@ class Upkeep:
         elif stats["needy"] and not (quarantined or self._evicting_slots):
             if stats["volume_slots"] + stats["bad"] >= stats["slots"]:
                 engine.no_space(ENOSPC)
-            elif self._looking is None:  # what is being read or filled at the moment can go soon
-                self._looking = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._look_again)
+            else:  # what is being read or filled at the moment can go soon
+                self._look_again_in(_LOOK_AGAIN_S)
+
+    def _set_pace(self, stats: dict[str, int]) -> None:
+        """Writers take new slots no faster than they are freed, when few are left."""
+        coming = stats["quarantined"] + self._evicting_slots
+        pace = self._throttle.blocks_per_s(free=stats["free"], coming=coming)
+        if pace != self._pace_per_s:
+            self._cache.engine.set_pace(pace)
+            self._pace_per_s = pace
+        if stats["free"] < self._marks.low_slots and coming and stats["volume_slots"]:
+            self._look_again_in(self._throttle.look_s)
+
+    def _look_again_in(self, delay_s: float) -> None:
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(delay_s, self._look_again)
 
     def _look_again(self) -> None:
         self._looking = None
@@ -138,6 +170,7 @@ class Upkeep:
 
     async def _commit(self) -> bool:
         """Whether all is durable that was there before."""
+        began_s, released = time.monotonic(), self._cache.engine.stats()["released"]
         try:
             await self._cache.commit()
         except TierblkError as error:
@@ -147,6 +180,8 @@ class Upkeep:
             self._cache.engine.no_space(EIO)  # what was freed cannot be used before a commit succeeds
             return False
         self._commit_failure = None
+        if self._cache.engine.stats()["released"] > released:
+            self._throttle.committed(time.monotonic() - began_s)
         # What was freed since the last look may not be enough: NEED_SPACE is not said twice.
         self._make_space()
         return True

@@ -185,6 +185,10 @@ class Engine:
         """Writes that wait for a slot end in that errno: none can be freed for them. 0: they look again."""
         lib.tb_no_space(self.handle, -error)
 
+    def set_pace(self, blocks_per_s: float | None) -> None:
+        """From now on writes take so many new slots a second at most; None: as many as they like."""
+        lib.tb_engine_set_pace(self.handle, round(1e9 / blocks_per_s) if blocks_per_s else 0)
+
     def stats(self) -> dict[str, int]:
         """Counters and levels of tb_cache_stats, in slots, blocks and writes."""
         out = ffi.new("tb_cache_stats *")

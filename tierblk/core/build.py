@@ -19,6 +19,7 @@ SOURCES = [
     "volume.c",
     "clear.c",
     "flush.c",
+    "pace.c",
     "hot.c",
     "fill.c",
     "wait.c",

@@ -108,6 +108,10 @@ void tb_clear_begin(tb_req *req);
 void tb_clear_go(tb_req *req);
 void tb_clear_turn(tb_queue *queue);
 
+/* pace.c */
+bool tb_pace(tb_req *req);
+void tb_pace_turn(tb_queue *queue);
+
 /* flush.c */
 void tb_flush_tell(tb_engine *engine);
 void tb_flush_by_commit(tb_req *req);

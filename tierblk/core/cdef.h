@@ -50,12 +50,12 @@ typedef struct {
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
     uint64_t memory_requests, slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
-    uint64_t write_requests, write_bytes, partial_writes, space_waits, flush_requests, flush_commits, flush_records, discard_requests, discard_bytes;
+    uint64_t write_requests, write_bytes, partial_writes, space_waits, paced, flush_requests, flush_commits, flush_records, discard_requests, discard_bytes;
 } tb_stats;
 
 typedef struct {
     uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, slot_write_calls, zero_blocks;
-    uint64_t evicted, passed_blocks, expired, needy, flush_failed, volume_slots;
+    uint64_t evicted, released, passed_blocks, expired, needy, flush_failed, volume_slots;
 } tb_cache_stats;
 
 /* Latencies of requests, from the turn in which they came to the one in which they were done: how many, by tier and by
@@ -125,6 +125,7 @@ void tb_flush_done(tb_req *batch, int result);
 void tb_flush_fail(tb_engine *engine);
 int tb_flush_failed(tb_engine *engine);
 void tb_no_space(tb_engine *engine, int result);
+void tb_engine_set_pace(tb_engine *engine, uint64_t ns_per_block);
 
 /* What a device shows: a volume over a base; either may be missing. */
 typedef struct {

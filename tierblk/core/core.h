@@ -127,6 +127,7 @@ struct tb_req {
     uint8_t direct; /* plane zero-copy: bytes go into the request's own pages, `buffer` stays unused */
     uint8_t pinned; /* PIN_*: it counts among these entries' readers */
     uint8_t from_memory;
+    uint8_t paced; /* it has had its ticket, see pace.c */
     uint16_t owns;         /* pages that are its own until it ends (R4) */
     uint16_t writes;       /* pages that it is about to change; it is in its stripe's list then */
     uint16_t clean;        /* pages of its block that were cached and clean when it was submitted (R3) */
@@ -137,6 +138,7 @@ struct tb_req {
     uint32_t frame; /* index + 1 of the frame of the memory tier that it holds, see hot.c; 0: none */
     uint32_t since_ms; /* when it began to wait for a fill; 0: it has not */
     uint64_t began;    /* ticks of the turn in which it came */
+    uint64_t due;      /* ticks: until then it waits for its turn to take a slot */
 } __attribute__((aligned(64)));
 
 /* What a request is at, and so what follows when it comes back. AT_OLD: a sub-page write reads the pages that it changes in
@@ -167,6 +169,9 @@ struct tb_queue {
     uint8_t *buffers;
     uint8_t *olds;   /* a block a tag, for sub-page writes; NULL without a volume */
     tb_req *slices;  /* discards that go on in the next turn */
+    tb_req *paced, *paced_last; /* writes that wait for their time, the first come first */
+    struct __kernel_timespec clock;
+    bool clock_set; /* a timeout for the first of them is under way */
     tb_hot *hot; /* NULL: no memory tier */
     tb_fill *begun, **begun_end; /* fills of this turn's misses, of which Python is not told yet */
     tb_req *inbox;    /* stack: requests that the filler hands back */
@@ -266,6 +271,7 @@ struct tb_engine {
     tb_lock slot_lock;
     uint64_t *free, *quarantine[2]; /* bit per slot; [0] open for freed slots, [1] closed by the running commit */
     uint64_t *owner;                /* per slot: layer << 48 | block, while a block has it; else UINT64_MAX or 0 */
+    uint64_t released; /* slots that commits have made free, so far */
     uint32_t free_count, quarantined, hint, bad, hand, probation;
     bool loaded;
 
@@ -294,6 +300,7 @@ struct tb_engine {
     tb_journal journal;
     uint32_t flush_told, flush_failed, failed_cycles, flushes_waiting; /* the last: also those that Python has taken */
     uint32_t drain_scan, filler_quit, need_space_told;
+    uint64_t pace_ticks, pace_next, pace_longest, pace_shortest, pace_ns_per_tick; /* see pace.c; the last in 1/1024 */
     uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
     uint32_t impatient; /* doors whose patience ends some time */
     uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
@@ -317,7 +324,7 @@ struct tb_engine {
 /* user_data of every SQE: a pointer (48 bits), what it is (low 4 bits), and the length expected in sectors (top byte).
  * UD_WRITE: of a request's bytes to its volume's slot; UD_DATA: of a request's bytes into its tag's buffer. */
 enum { UD_WAKE, UD_DOOR, UD_SLOT_READ, UD_SLOT_WRITE, UD_RUN_WRITE, UD_ZEROS, UD_DOOR_COPY, UD_HOT, UD_VOLUME_READ, UD_WRITE, UD_DATA, UD_SYNC,
-       UD_RECORD_SYNC, UD_RECORD };
+       UD_RECORD_SYNC, UD_RECORD, UD_CLOCK };
 
 static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 {

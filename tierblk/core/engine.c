@@ -178,6 +178,7 @@ void tb_engine_stats(tb_engine *e, tb_cache_stats *out)
     out->free = TB_LOAD(&e->free_count);
     out->quarantined = TB_LOAD(&e->quarantined);
     out->bad = TB_LOAD(&e->bad);
+    out->released = TB_LOAD(&e->released);
     out->probation = TB_LOAD(&e->probation);
     out->volume_slots = TB_LOAD(&e->volume_slots);
     out->needy = TB_LOAD(&e->needy_count);

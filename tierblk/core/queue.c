@@ -85,6 +85,9 @@ static void take_completions(tb_queue *queue)
         case UD_RECORD:
             tb_record_done(tb_ud_pointer(ud), cqe->res);
             break;
+        case UD_CLOCK:
+            queue->clock_set = false;
+            break;
         case UD_ZEROS:
             tb_zeros_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
             break;
@@ -126,6 +129,7 @@ static void serve_until_done(tb_queue *queue)
         if (queue->ops->turn)
             queue->ops->turn(queue);
         tb_clear_turn(queue);
+        tb_pace_turn(queue);
         tb_journal_turn(queue);
         tb_tell_misses(queue);
         __atomic_exchange_n(&queue->armed, 1, __ATOMIC_SEQ_CST);

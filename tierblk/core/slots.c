@@ -250,6 +250,7 @@ void tb_slots_commit_end(tb_engine *e, int ok)
     if (ok) {
         __atomic_store_n(&e->free_count, e->free_count + released, __ATOMIC_RELAXED);
         __atomic_store_n(&e->quarantined, e->quarantined - released, __ATOMIC_RELAXED);
+        TB_COUNT(&e->released, released);
     }
     tb_lock_give(&e->slot_lock);
     tb_journal_commit_end(e, ok);

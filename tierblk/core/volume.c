@@ -227,6 +227,10 @@ void tb_write_lookup(tb_req *req)
     tb_entry *entry = &volume->entries[req->block];
     tb_head head = entry->head;
     if (!head.slot) { /* R2: without a slot nothing is in flight on it */
+        if (tb_pace(req)) {
+            tb_lock_give(stripe);
+            return;
+        }
         head.slot = tb_slot_take_for_write(queue->engine);
         if (!head.slot) {
             wait_for_space(req, stripe);
