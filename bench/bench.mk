@@ -1,5 +1,5 @@
 # Included by the top Makefile, which gives VENV and the target `setup`.
-#   make bench       hits, latency, misses, memory beside null, loop, nbdkit, QEMU and curl, as ratios
+#   make bench       hits, latency, misses, writes, memory beside null, loop, nbdkit, QEMU and curl, as ratios
 #                    (docs/benchmarks.md); TIERBLK_BENCH_QUICK=1: only see that it runs
 #   make bench-cold  only the cold reads over a slow link, beside curl, nbdkit and QEMU
 #   make bench-instructions  instructions a hit, counted in an emulated VM: TREE=DIR of another checkout's tierblk

@@ -252,7 +252,8 @@ def file(name, size):
     fd = os.open(folder / name, os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, size)
     return fd
-engine = Engine(slots_fd=file("slots", 9 * BLOCK_BYTES), slot_count=9, sums_fd=file("sums", 9 * 64), staging_bytes=BLOCK_BYTES)
+slots, sums = file("slots", 9 * BLOCK_BYTES), file("sums", 9 * 64)
+engine = Engine(slots_fd=slots, slot_count=9, sums_fd=sums, staging_bytes=BLOCK_BYTES)
 size = 64 * BLOCK_BYTES
 volume = engine.open_layer(1, file("map", map_bytes(size)), size, kind="local")
 engine.finish_load()

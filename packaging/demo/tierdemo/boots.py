@@ -26,7 +26,8 @@ GUEST = HERE.parent / "guest"
 @dataclass
 class Numbers:
     """What one boot showed: the device as `tierblk status --json` has it, how long things took, what the
-    kernel asked of the device (None where it could not be recorded whole), what the server sent by its log.
+    kernel asked of the device (None where it could not be recorded whole), what the server sent by its log,
+    and what dpkg did.
     """
 
     device: dict[str, Any] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class Numbers:
     boot_s: float = 0.0
     reads: list[trace.Request] | None = None
     served_bytes: int = 0
+    packages: dict[str, Any] = field(default_factory=dict)
 
 
 class _Listener:
@@ -51,11 +53,14 @@ class _Listener:
         """One report of the keeper."""
         if "device" in note:
             times_s = float(note["attach_s"]), float(note["boot_s"])
-            self.numbers = Numbers(note["device"], *times_s, self._reads(), self._served_bytes)
+            packages = note.get("packages", {})
+            self.numbers = Numbers(note["device"], *times_s, self._reads(), self._served_bytes, packages)
         elif note.get("stage") == "attached":
             self._step.hint = f"attached as {note['path']}, Debian starts"
         elif note.get("stage") == "committing":
             self._step.hint = "multi-user reached, the cache's index is being committed"
+        elif note.get("stage") == "packages":
+            self._step.hint = "multi-user reached, dpkg works"
         self._trace += str(note.get("trace", ""))
         self._trace_whole = bool(note.get("trace_whole", self._trace_whole))
         self._served_bytes = int(note.get("served_bytes", self._served_bytes))
@@ -76,13 +81,13 @@ class _Listener:
 
 
 def boot_image(
-    kernel: Kernel, root: Path, image: Path, cache: Path, link: dict[str, str], title: str
+    kernel: Kernel, root: Path, image: Path, cache: Path, settings: dict[str, str], title: str
 ) -> Numbers:
-    """Boots the image in a VM with this cache disk. Raises Failed with the console's end when it does not get
-    there.
+    """Boots the image in a VM with this cache disk. settings: of keeper.py. Raises Failed with the console's
+    end when it does not get there.
     """
     with temporary("demo") as folder, Step(title) as step:
-        environment = quoted([f"{name}={value}" for name, value in link.items()])
+        environment = quoted([f"{name}={value}" for name, value in settings.items()])
         start = f"#!/bin/sh\nexport LANG=C.UTF-8 {environment}\nexec /opt/tierblk/demo/pid1\n"
         code = payload.make_payload(
             folder / "payload", {"pid1": start}, {"demo": GUEST, "demo/tierdemo": HERE}

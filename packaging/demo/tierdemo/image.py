@@ -22,6 +22,14 @@ PACKAGES = [
     "curl", "vim-tiny", "less", "bash-completion", "iproute2", "iputils-ping", "netbase", "procps", "kmod",
     "e2fsprogs", "systemd-timesyncd", "systemd-resolved", "locales", "man-db", "linux-image-cloud-amd64",
 ]  # fmt: skip
+# What is installed on it later, from files beside the image; with what they need that the image has not.
+LATER = ["hello", "tree", "jq", "rsync", "sqlite3", "vim"]
+DOWNLOAD = (
+    'rm -f "$1"/var/cache/apt/archives/*.deb && '
+    'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get install -y --download-only --no-install-recommends '
+    + " ".join(LATER)
+    + ' && mkdir "$1/later" && mv "$1"/var/cache/apt/archives/*.deb "$1/later/"'
+)
 # What the installer of a real machine would have answered.
 SETTINGS = (
     'echo debian >"$1/etc/hostname" && echo "LABEL=debian / ext4 defaults 0 1" >"$1/etc/fstab"'
@@ -31,12 +39,12 @@ SETTINGS = (
 )
 GPT = "label: gpt\nstart={start}, size={size}, type=4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709, name=root\n"
 SECTOR_BYTES = 512
-RECIPE = "1"
+RECIPE = "2"
 
 
 def image_disk() -> Path:
-    """A disk with one file, debian.raw, for the VM whose web server serves it; made once for a list of
-    packages.
+    """A disk with debian.raw, for the VM whose web server serves it, and packages to install there later;
+    made once for a list of packages.
     """
     target = _folder()
     with alone("image"):
@@ -50,7 +58,7 @@ def image_disk() -> Path:
 
 
 def _folder() -> Path:
-    key = key_of(RECIPE, SUITE, quoted(PACKAGES), SETTINGS, GPT, str(IMAGE_BYTES))
+    key = key_of(RECIPE, SUITE, quoted(PACKAGES), DOWNLOAD, SETTINGS, GPT, str(IMAGE_BYTES))
     return build_dir() / "images" / f"debian-{key}"
 
 
@@ -69,7 +77,9 @@ def _make(step: Step, target: Path) -> None:
         (folder / "content").mkdir(parents=True)
         raw = folder / "content/debian.raw"
         tree = folder / "tree"
-        bootstrap(step, SUITE, PACKAGES, tree, [f"--customize-hook={SETTINGS}"])
+        hooks = [f"--customize-hook={hook}" for hook in (DOWNLOAD, SETTINGS)]
+        bootstrap(step, SUITE, PACKAGES, tree, hooks)
+        (tree / "later").rename(folder / "content/later")
         step.hint = "writes the image"
         ext4_of(tree, raw, PARTITION_BYTES, offset_bytes=PARTITION_START_BYTES, label="debian")
         with open(raw, "ab") as file:
