@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +26,12 @@ SCRATCH_BYTES = 16 * disks.GIB
 BOOT_LIMIT_S = 240
 TEST_LIMIT_S = 300
 SUITE_LIMIT_S = 3600
+# Make some tests longer, on request.
+LONGER = {
+    name: os.environ[name] for name in ("TIERBLK_KILLS", "TIERBLK_DATABASE_ROUNDS") if name in os.environ
+}
+if LONGER:
+    TEST_LIMIT_S *= 10
 # Tests in files named so may leave the kernel in a state that nobody else should inherit.
 OWN_BOOT_PREFIX = "test_alone_"
 # What no kernel could do otherwise than the other is tested on the newest one only: an emulator is slow.
@@ -123,7 +130,8 @@ def _limit_s(count: int) -> float:
 
 
 def _job(command: list[str]) -> str:
-    return f"cd /tmp && TIERBLK_VM_NOTES=/dev/ttyS1 {quoted(command)}\n"
+    settings = quoted([f"{name}={value}" for name, value in LONGER.items()])
+    return f"cd /tmp && export {settings} TIERBLK_VM_NOTES=/dev/ttyS1 && {quoted(command)}\n"
 
 
 class _Listener:
