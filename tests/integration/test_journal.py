@@ -122,12 +122,9 @@ def test_a_commit_makes_records_old(host: Host) -> None:
     daemon.stop(clean=True)
 
 
-def test_a_ring_that_is_full_asks_for_commits_in_good_time(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ring_that_is_full_asks_for_commits_in_good_time(host: Host) -> None:
     """Many times around a small ring, and nothing is lost."""
-    monkeypatch.setattr(journal, "RING_BYTES", 256 << 10)
-    daemon = opened(host)
+    daemon = VolumeDaemon(host, SLOTS, b"", BLOCKS * BLOCK_BYTES, ring_bytes=256 << 10)
     for n in range(1000):
         write(daemon, n, block=n * 7 % BLOCKS)
         daemon.door.discard((n * 7 + 7 * 50) % BLOCKS * BLOCK_BYTES, BLOCK_BYTES)

@@ -13,10 +13,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from tests.property.gate import Gate
 from tests.property.host import Host
-from tierblk.cache import Cache
+from tierblk.cache import Cache, journal
 from tierblk.cache.directory import JOURNAL
 from tierblk.config import CacheSettings
 from tierblk.core import (
@@ -82,16 +83,24 @@ class Misses:
 
 class VolumeDaemon:
     """One session on a host. slots: of the cache, the superblock's included; image: the base's bytes, b"" for
-    none; size_bytes: of the device."""
+    none; size_bytes: of the device; ring_bytes: of the journal."""
 
-    def __init__(self, host: Host, slots: int, image: bytes, size_bytes: int, queue_depth: int = 8) -> None:
+    def __init__(
+        self,
+        host: Host,
+        slots: int,
+        image: bytes,
+        size_bytes: int,
+        queue_depth: int = 8,
+        ring_bytes: int = journal.RING_BYTES,
+    ) -> None:
         self.host = host
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="loop", daemon=True)
         self._thread.start()
         settings = CacheSettings.model_construct(dir=host.directory, size=slots * BLOCK_BYTES)
         try:
-            self.cache = self.run(self._open(settings))
+            self.cache = self.run(self._open(settings, ring_bytes))
         except BaseException:
             self._end_loop()
             raise
@@ -116,7 +125,12 @@ class VolumeDaemon:
         self.upkeep = Upkeep(self.cache, fills, config)
         self._on_loop(self.upkeep.start)
 
-    async def _open(self, settings: CacheSettings) -> Cache:
+    async def _open(self, settings: CacheSettings, ring_bytes: int) -> Cache:
+        size_bytes = journal.RING_AT_BYTES + ring_bytes
+        with patch.multiple(journal, RING_BYTES=ring_bytes, JOURNAL_BYTES=size_bytes):
+            return self._opened(settings)
+
+    def _opened(self, settings: CacheSettings) -> Cache:
         return Cache.open(settings, self.host.run_dir, self._make_engine)
 
     @staticmethod

@@ -46,6 +46,8 @@ DEVICE_BYTES = 13 * BLOCK_BYTES + 2 * PAGE_BYTES + 3 * SECTOR
 SECTORS = DEVICE_BYTES // SECTOR
 ORIGIN, ZERO = 0, -1
 LOOKS = 100
+RING_BYTES = 256 << 10
+"""The least that there can be: it is gone round soon."""
 _IMAGE = random.Random(11).randbytes(BASE_BYTES)
 
 
@@ -95,7 +97,7 @@ class VolumeWorld:
         self.values = 0
         self.held: Future[object] | None = None
         self.refused = False
-        self.daemon = VolumeDaemon(self.host, slots + 1, self.image, DEVICE_BYTES)
+        self.daemon = VolumeDaemon(self.host, slots + 1, self.image, DEVICE_BYTES, ring_bytes=RING_BYTES)
 
     def close(self) -> None:
         try:
@@ -355,7 +357,7 @@ class VolumeWorld:
 
     def _begin(self) -> None:
         self.refused = False
-        self.daemon = VolumeDaemon(self.host, self.slots + 1, self.image, DEVICE_BYTES)
+        self.daemon = VolumeDaemon(self.host, self.slots + 1, self.image, DEVICE_BYTES, ring_bytes=RING_BYTES)
         self.host.rows = {
             record.layer_id: dict(self.daemon.cache._index.rows(record.layer_id))
             for record in self.daemon.cache._index.layers()
