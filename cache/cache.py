@@ -39,6 +39,7 @@ from tierblk.extent import PAGE_BYTES
 from tierblk.units import format_exact_size
 
 _COMMITS_AT_STOP_MAX = 10
+_REPLAY_ROWS = 16
 _CLEAR_MAP_PAGES = 64  # 8192 blocks at a time: below a millisecond
 
 _log = logging.getLogger(__name__)
@@ -385,14 +386,29 @@ def _replay(directory: Directory, index: Index) -> None:
     """
     replay = journal.read(directory.journal_path, index, directory.superblock)
     if replay is not None:
-        index.write_rows(replay.as_copies(), replay.seq)
+        _write_replay(index, replay)
         _log.info("%s: %d records of the journal are taken", directory.path, replay.count)
+
+
+def _write_replay(index: Index, replay: journal.Replay) -> None:
+    try:
+        index.write_rows(replay.as_copies(), replay.seq)
+    except CacheError:
+        if index.broken:
+            raise
+        # In pieces, which a full disk still has room for. After each the index is right: all of the records
+        # are taken again, until it says that it has them.
+        for batch in replay.in_batches(_REPLAY_ROWS):
+            index.write_rows(batch)
+        index.write_rows({}, replay.seq)
 
 
 def _begin_session(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> int:
     """The five steps of start.py. Everything is loaded, and no slot has been written yet. Returns the open
     journal."""
-    directory.write_superblock(start.begun(directory.superblock))
+    next_one = start.begun(directory.superblock)
+    journal.prepare(directory.journal_path, next_one.uuid, next_one.session)
+    directory.write_superblock(next_one)
     session = directory.superblock.session
     journal_fd = journal.begin(directory.journal_path, directory.superblock.uuid, session)
     try:

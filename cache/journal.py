@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from uuid import UUID
 
@@ -48,18 +49,40 @@ class Replay:
     seq: int
     count: int
 
+    def in_batches(self, count: int) -> Iterator[Rows]:
+        """The same in pieces of at most `count` rows."""
+        for layer_id, rows in self.rows.items():
+            for batch in batched(rows.items(), count):
+                yield {layer_id: batch}
+
     def as_copies(self) -> Rows:
         """For Index.write_rows."""
         return {layer_id: list(rows.items()) for layer_id, rows in self.rows.items()}
 
 
+def prepare(path: Path, uuid: UUID, session: int) -> None:
+    """Before anything says that a session begins: there is a journal, and none of its records can be taken
+    for one of that session. It is made if it is not there, or if it is not of this cache's past: who puts
+    back a part of the directory begins sessions of the same numbers again. CacheError, OSError.
+    """
+    if not path.is_file() or path.stat().st_size != JOURNAL_BYTES or not _is_past(path, uuid, session):
+        _create(path)
+
+
+def _is_past(path: Path, uuid: UUID, session: int) -> bool:
+    with path.open("rb") as file:
+        content = file.read(_HEADER.size + _CRC.size)
+    header = content[: _HEADER.size]
+    if content[_HEADER.size :] != _CRC.pack(crc32c(header)):
+        return False
+    magic, of_uuid, of_session = _HEADER.unpack(header)
+    return bool(magic == _HEADER_MAGIC and of_uuid == uuid.bytes and of_session < session)
+
+
 def begin(path: Path, uuid: UUID, session: int) -> int:
     """The records to come are of that session. After those of the last one are in the index, and before the
-    index begins the session. Returns the open file, as the core needs it. Made if it is not there.
-    CacheError, OSError.
+    index begins the session. Returns the open file, as the core needs it. OSError.
     """
-    if not path.is_file() or path.stat().st_size != JOURNAL_BYTES:
-        _create(path)
     header = _HEADER.pack(_HEADER_MAGIC, uuid.bytes, session)
     with path.open("r+b", buffering=0) as file:
         file.write(header + _CRC.pack(crc32c(header)))
@@ -115,6 +138,8 @@ def _read(path: Path, meta: Meta, superblock: Superblock) -> Replay | None:
     if not content:  # by hand: nothing else makes it so
         return None
     header = content[: _HEADER.size]
+    if not any(content[:RING_AT_BYTES]) and not any(records(content)):
+        return None  # it was made, and no session begun
     if content[_HEADER.size : _HEADER.size + _CRC.size] != _CRC.pack(crc32c(header)):
         raise CacheError(f"the cache's journal {path} is damaged: its header is")
     magic, uuid, session = _HEADER.unpack(header)
@@ -170,6 +195,13 @@ def length_of(content: bytes, at: int) -> int:
 
 def _without_sum(record: bytes) -> bytes:
     return record[:_CRC_AT] + bytes(_CRC.size) + record[_HEAD.size :]
+
+
+def batched(rows: Iterable[tuple[int, bytes]], count: int) -> Iterator[list[tuple[int, bytes]]]:
+    """Lists of at most `count`."""
+    left = iter(rows)
+    while batch := list(islice(left, count)):
+        yield batch
 
 
 def _entry(content: bytes, at: int) -> tuple[int, int, bytes]:

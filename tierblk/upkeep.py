@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from errno import EIO, ENOSPC
 from typing import Any
 
@@ -40,6 +39,7 @@ class Upkeep:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beating: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
+        self._pacing: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Before the first door is opened."""
@@ -58,7 +58,7 @@ class Upkeep:
         asyncio.get_running_loop().remove_reader(self._cache.engine.event_fd)
         self._fills.close()
         self._cache.engine.set_watchdog(0)  # nobody waits any more, and the last commit may take long
-        for timer in (self._beating, self._looking):
+        for timer in (self._beating, self._looking, self._pacing):
             if timer is not None:
                 timer.cancel()
 
@@ -146,8 +146,12 @@ class Upkeep:
         if pace != self._pace_per_s:
             self._cache.engine.set_pace(pace)
             self._pace_per_s = pace
-        if stats["free"] < self._marks.low_slots and coming and stats["volume_slots"]:
-            self._look_again_in(self._throttle.look_s)
+        if stats["free"] < self._marks.low_slots and coming and stats["volume_slots"] and not self._pacing:
+            self._pacing = asyncio.get_running_loop().call_later(self._throttle.look_s, self._pace_again)
+
+    def _pace_again(self) -> None:
+        self._pacing = None
+        self._set_pace(self._cache.engine.stats())
 
     def _look_again_in(self, delay_s: float) -> None:
         if self._looking is None:
@@ -170,9 +174,9 @@ class Upkeep:
 
     async def _commit(self) -> bool:
         """Whether all is durable that was there before."""
-        began_s, released = time.monotonic(), self._cache.engine.stats()["released"]
+        released = self._cache.engine.stats()["released"]
         try:
-            await self._cache.commit()
+            report = await self._cache.commit()
         except TierblkError as error:
             if self._commit_failure is None:
                 log.error("%s", error)
@@ -181,7 +185,7 @@ class Upkeep:
             return False
         self._commit_failure = None
         if self._cache.engine.stats()["released"] > released:
-            self._throttle.committed(time.monotonic() - began_s)
+            self._throttle.committed(report.duration_s)
         # What was freed since the last look may not be enough: NEED_SPACE is not said twice.
         self._make_space()
         return True

@@ -8,15 +8,17 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
 
-from tests.cache_rig import changed_index, run_directory
+from tests.cache_rig import changed_index, read_superblock, run_directory
 from tests.property.host import Host
 from tests.property.volume_daemon import TIMEOUT_S, VolumeDaemon
 from tierblk.cache import journal
 from tierblk.cache.directory import JOURNAL
+from tierblk.cache.index import Index
 from tierblk.cache.verify import verify
 from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, PAGE_BYTES
 from tierblk.errors import CacheError
@@ -230,6 +232,96 @@ def test_a_damaged_journal_is_refused_and_nothing_is_changed(host: Host, what: s
     cut(host, daemon)
     daemon = opened(host)
     assert daemon.door.read(5 * BLOCK_BYTES, PAGE_BYTES) == page(5)
+    daemon.stop(clean=True)
+
+
+def test_records_of_another_life_are_not_taken(host: Host) -> None:
+    """All but the journal is put back as it was, and a session of the same number begins: the records of the
+    one that was lost are not its own."""
+    daemon = opened(host)
+    write(daemon, 1, block=0)
+    daemon.stop(clean=True)
+    backup = host.disk / "backup"
+    shutil.copytree(host.directory, backup, ignore=shutil.ignore_patterns(JOURNAL))
+    daemon = opened(host)
+    for n in range(6):
+        write(daemon, n, block=100 + n)
+        daemon.door.flush()
+    daemon.door.discard(0, BLOCK_BYTES)
+    daemon.door.flush()
+    daemon.stop(clean=True)
+    kept = (host.directory / JOURNAL).read_bytes()
+    shutil.rmtree(host.directory)
+    shutil.copytree(backup, host.directory)
+    (host.directory / JOURNAL).write_bytes(kept)
+    daemon = opened(host)
+    write(daemon, 9, block=200)
+    daemon.door.flush()
+    cut(host, daemon)
+    assert verify(host.directory).violations == []
+    daemon = opened(host)
+    for block, n in ((0, 1), (100, 0), (105, 0), (200, 9)):
+        assert daemon.door.read(block * BLOCK_BYTES, PAGE_BYTES) == page(n), block
+    daemon.stop(clean=True)
+
+
+def test_a_journal_that_was_made_and_never_used_adds_nothing(host: Host) -> None:
+    """As after a crash in the middle of an opening that had to make one."""
+    daemon = opened(host)
+    write(daemon, 1)
+    daemon.begin_commit().result(TIMEOUT_S)
+    directory = cut(host, daemon)
+    size_bytes = (directory / JOURNAL).stat().st_size
+    (directory / JOURNAL).write_bytes(bytes(size_bytes))
+    daemon = opened(host)
+    assert daemon.door.read(BLOCK_BYTES, PAGE_BYTES) == page(1)
+    daemon.stop(clean=True)
+
+
+def test_a_full_disk_takes_the_records_in_pieces(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = opened(host, blocks := 100 * ENTRIES_PER_ROW)
+    for row in range(100):
+        write(daemon, row, block=row * ENTRIES_PER_ROW)
+        daemon.door.flush()
+    cut(host, daemon)
+    grow = Index._grow
+    asked = []
+
+    def full(index: Index, rows: int) -> None:
+        asked.append(rows)
+        if rows > 16:
+            raise CacheError("the cache's index cannot grow: its disk is full")
+        grow(index, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "_grow", full)
+        daemon = opened(host, blocks)
+    assert asked[0] == 100
+    for row in range(100):
+        assert daemon.door.read(row * ENTRIES_PER_ROW * BLOCK_BYTES, PAGE_BYTES) == page(row)
+    daemon.stop(clean=True)
+
+
+def test_no_room_for_a_journal_leaves_the_directory_as_it_was(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a version without one, which can still open it."""
+    daemon = opened(host)
+    write(daemon, 1)
+    daemon.stop(clean=True)
+    (host.directory / JOURNAL).unlink()
+    before = read_superblock(host.directory)
+
+    def full(path: Path) -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_create", full)
+        with pytest.raises(CacheError, match="No space left"):
+            opened(host)
+    assert read_superblock(host.directory) == before
+    daemon = opened(host)
+    assert daemon.door.read(BLOCK_BYTES, PAGE_BYTES) == page(1)
     daemon.stop(clean=True)
 
 

@@ -105,6 +105,20 @@ def test_new_blocks_keep_the_pace_and_written_ones_do_not(rig: Rig, tmp_path: Pa
             assert door.read(block * BLOCK_BYTES, len(WORDS)) == WORDS
 
 
+def test_nobody_waits_behind_tickets_of_a_slower_pace(rig: Rig, tmp_path: Path) -> None:
+    with volume_door(rig, tmp_path, 100) as door, ThreadPoolExecutor(3) as pool:
+        rig.engine.set_pace(0.5)
+        calls = [pool.submit(door.write, block * BLOCK_BYTES, WORDS) for block in range(3)]
+        wait_for(lambda: door.stats()["paced"] == 2)
+        rig.engine.set_pace(None)
+        door.write(50 * BLOCK_BYTES, WORDS)
+        for call in calls:
+            call.result(TIMEOUT_S)
+        rig.engine.set_pace(1000)
+        door.write(60 * BLOCK_BYTES, WORDS)
+        assert door.stats()["paced"] == 2
+
+
 def test_a_door_that_drains_waits_for_no_ticket(rig: Rig, tmp_path: Path) -> None:
     """Tickets of two seconds, of which four calls would wait for seconds."""
     rig.engine.set_pace(0.5)

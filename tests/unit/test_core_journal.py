@@ -57,6 +57,21 @@ class JournalRig:
         records, self._full = bytes(found[self._full :]), 0
         return records
 
+    def land_one(self) -> None:
+        """The record that waits lands, and the next one waits: the pipe is as full as before."""
+        os.read(self._from, PAGE_BYTES)
+
+    def land_some(self) -> None:
+        try:
+            os.read(self._from, 1 << 20)
+        except BlockingIOError:
+            threading.Event().wait(0.001)
+
+    def end_commit_flushes(self) -> None:
+        """What Python does at FLUSH, without a commit."""
+        self.engine.poll()
+        self.engine.end_flushes(self.engine.take_flushes())
+
     def break_off(self) -> None:
         """The journal's medium is gone."""
         os.close(self._from)
@@ -157,6 +172,28 @@ def test_r7_a_record_that_fails_is_an_error_of_all_it_covers_and_of_all_later_on
             flush.result(TIMEOUT_S)
         assert caught.value.errno == EIO
     assert rig.engine.flushes_failed()
+    assert rig.counted("flush_records") == 1, "a later one would make the failed one a hole before it"
+
+
+def test_a_door_that_leaves_hands_on_who_waits_for_the_next_record(rig: JournalRig) -> None:
+    """It led for another, and a third came; then it was closed."""
+    rig.doors[0].write(0, WORDS)
+    first = rig.flush()
+    wait_for(lambda: rig.counted("flush_records") == 1)
+    rig.doors[1].write(64 * BLOCK_BYTES, WORDS)
+    second = rig.flush(1)
+    wait_for(lambda: rig.counted("waiting") == 2)
+    rig.doors[0].drain()
+    rig.doors[0].quit()
+    rig.land_one()
+    first.result(TIMEOUT_S)
+    wait_for(lambda: rig.counted("flush_records") == 2)
+    rig.doors[1].write(128 * BLOCK_BYTES, WORDS)
+    third = rig.flush(1)
+    wait_for(lambda: rig.counted("waiting") == 2)
+    while not (second.done() and third.done()):
+        rig.land_some()
+        rig.end_commit_flushes()
 
 
 def test_a_door_that_leaves_ends_its_record_first(rig: JournalRig) -> None:

@@ -39,6 +39,7 @@ void tb_journal_commit_end(tb_engine *engine, int ok);
 bool tb_journal_idle(const tb_engine *engine);
 void tb_journal_add(tb_req *req);
 void tb_journal_turn(tb_queue *queue);
+void tb_journal_leave(tb_queue *queue);
 void tb_record_synced(tb_queue *queue, int result);
 void tb_record_done(tb_queue *queue, int result);
 

@@ -171,7 +171,8 @@ struct tb_queue {
     tb_req *slices;  /* discards that go on in the next turn */
     tb_req *paced, *paced_last; /* writes that wait for their time, the first come first */
     struct __kernel_timespec clock;
-    bool clock_set; /* a timeout for the first of them is under way */
+    bool clock_set; /* a timeout is under way, */
+    uint64_t clock_due; /* the earliest for this time */
     tb_hot *hot; /* NULL: no memory tier */
     tb_fill *begun, **begun_end; /* fills of this turn's misses, of which Python is not told yet */
     tb_req *inbox;    /* stack: requests that the filler hands back */

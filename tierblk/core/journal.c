@@ -177,6 +177,13 @@ static bool lead(tb_queue *queue)
         return false;
     tb_req *batch = __atomic_exchange_n(&j->waiting, NULL, __ATOMIC_SEQ_CST), *refused = NULL;
     bool tell = false;
+    /* After a failure no record is begun: it would tell the next start that all before it is there, and name bytes that a sync has
+     * lost (R7). */
+    if (tb_flush_failed(e)) {
+        __atomic_store_n(&j->busy, 0, __ATOMIC_SEQ_CST);
+        tb_hand_back_all(batch, -EIO);
+        return true;
+    }
     tb_lock_take(&j->lock);
     if (j->taking || !make_room(j, RECORD_BYTES))
         refused = batch;
@@ -216,6 +223,22 @@ void tb_journal_turn(tb_queue *queue)
     queue->flushes = false;
     while (lead(queue))
         ;
+}
+
+/* In a queue's thread that ends: those who count on it to look after its last record are not to wait for ever. */
+void tb_journal_leave(tb_queue *queue)
+{
+    if (queue->leads)
+        tb_record_done(queue, -EIO);
+    if (!queue->flushes)
+        return;
+    tb_req *list = __atomic_exchange_n(&queue->engine->journal.waiting, NULL, __ATOMIC_SEQ_CST);
+    while (list) {
+        tb_req *req = list;
+        list = req->next;
+        TB_ADD(&req->queue->stats.waiting, -1ull);
+        tb_flush_by_commit(req);
+    }
 }
 
 void tb_record_synced(tb_queue *queue, int result)

@@ -13,7 +13,9 @@ void tb_engine_set_pace(tb_engine *e, uint64_t ns_per_block)
     __atomic_store_n(&e->pace_longest, (uint64_t)(LONGEST_S * 1e9 / tick_ns), __ATOMIC_RELAXED);
     __atomic_store_n(&e->pace_shortest, (uint64_t)(SHORTEST_S * 1e9 / tick_ns), __ATOMIC_RELAXED);
     __atomic_store_n(&e->pace_ns_per_tick, (uint64_t)(tick_ns * 1024), __ATOMIC_RELAXED);
-    __atomic_store_n(&e->pace_ticks, (uint64_t)((double)ns_per_block / tick_ns), __ATOMIC_RELAXED);
+    uint64_t step = (uint64_t)((double)ns_per_block / tick_ns);
+    if (step < __atomic_exchange_n(&e->pace_ticks, step, __ATOMIC_RELAXED))
+        __atomic_store_n(&e->pace_next, 0, __ATOMIC_RELAXED); /* nobody is to wait behind tickets of a slower pace */
 }
 
 /* In the request's queue. True: it waits, and is looked up again when its time has come. */
@@ -53,11 +55,12 @@ void tb_pace_turn(tb_queue *queue)
         TB_ADD(&queue->stats.waiting, -1ull);
         tb_resume(req);
     }
-    if (!queue->paced || queue->clock_set)
+    if (!queue->paced || (queue->clock_set && queue->clock_due <= queue->paced->due))
         return;
     uint64_t ns = (queue->paced->due - queue->now) * TB_LOAD(&e->pace_ns_per_tick) / 1024;
     queue->clock = (struct __kernel_timespec){.tv_sec = (int64_t)(ns / 1000000000u), .tv_nsec = (int64_t)(ns % 1000000000u)};
     queue->clock_set = true;
+    queue->clock_due = queue->paced->due;
     struct io_uring_sqe *sqe = tb_sqe(&queue->ring);
     io_uring_prep_timeout(sqe, &queue->clock, 0, 0);
     sqe->user_data = UD_CLOCK;

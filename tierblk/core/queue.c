@@ -148,8 +148,7 @@ static void serve_until_done(tb_queue *queue)
         take_completions(queue);
         hurry_as_needed(queue);
     }
-    if (queue->leads)
-        tb_record_done(queue, -EIO);
+    tb_journal_leave(queue);
     tb_tell_misses(queue); /* a fill that nobody hears of would never end */
 }
 

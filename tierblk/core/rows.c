@@ -132,7 +132,10 @@ int tb_layer_put_back(tb_layer *layer, uint64_t row)
 {
     if (row >= layer->rows)
         return -EINVAL;
+    tb_lock *stripe = tb_stripe(layer, row * TB_ROW_ENTRIES);
+    tb_lock_take(stripe);
     tb_map_mark(layer, row * TB_ROW_ENTRIES);
+    tb_lock_give(stripe);
     return 0;
 }
 
