@@ -162,26 +162,34 @@ def test_a_scratch_volume_outlives_a_kill_and_a_hand_over_but_no_power_cut(host:
     daemon.stop(clean=True)
 
 
-@pytest.mark.parametrize("failing", ["a sync of a commit", "a record of the journal"])
-def test_a_flush_that_fails_is_told_and_so_are_later_ones(
-    host: Host, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    """R7."""
+def test_a_flush_finds_no_room_in_the_journal(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filesystem that copies on write may have none for what was there before: commits take its place."""
+    begin = journal.begin
+
+    def begun(path: Path, uuid: UUID, session: int) -> int:
+        os.close(begin(path, uuid, session))
+        return os.open("/dev/full", os.O_RDWR)
+
     with monkeypatch.context() as patch:
-        if failing == "a record of the journal":
-            begin = journal.begin
-
-            def begun(path: Path, uuid: UUID, session: int) -> int:
-                os.close(begin(path, uuid, session))
-                return os.open("/dev/full", os.O_RDWR)
-
-            patch.setattr(journal, "begin", begun)
+        patch.setattr(journal, "begin", begun)
         daemon = opened(host)
+    for block in range(3):
+        daemon.door.write(block * BLOCK_BYTES, MARK)
+        daemon.door.flush()
+    daemon.door.write(3 * BLOCK_BYTES, MARK, fua=True)
+    stats = daemon.door.stats()
+    assert (stats["flush_records"], stats["flush_commits"]) == (1, 4)
+    assert daemon.upkeep.trouble is None
+    daemon.stop(clean=True)
+
+
+def test_a_flush_that_fails_is_told_and_so_are_later_ones(host: Host) -> None:
+    """R7. (A record that fails: tests/unit/test_core_journal.py.)"""
+    daemon = opened(host)
     daemon.door.write(0, MARK)
-    if failing == "a sync of a commit":
-        cycle = daemon.begin_commit(failing="slots")
-        with pytest.raises(CacheError, match="could not be synced"):
-            cycle.result(TIMEOUT_S)
+    cycle = daemon.begin_commit(failing="slots")
+    with pytest.raises(CacheError, match="could not be synced"):
+        cycle.result(TIMEOUT_S)
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output error"):
             daemon.door.flush()

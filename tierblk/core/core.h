@@ -251,6 +251,7 @@ typedef struct {
 typedef struct {
     tb_lock lock;   /* copies for records against those for the index; inside it come stripes */
     bool taking;    /* step 1 of a commit is under way */
+    bool closed;    /* the filesystem has no room for a record: commits are for every FLUSH until the next start */
     bool told;      /* Python has been asked for a commit that makes room */
     uint32_t busy;  /* a queue leads: it has a record under way, and all below is its own */
     uint64_t session, seq, round, head, tail, taken_head; /* seq: of the last record that was begun; round: of leading */

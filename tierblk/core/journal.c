@@ -168,6 +168,16 @@ static void finish_record(tb_journal *j, unsigned rows)
     j->head += j->bytes;
 }
 
+static void by_commit(tb_req *list)
+{
+    while (list) {
+        tb_req *req = list;
+        list = req->next;
+        TB_ADD(&req->queue->stats.waiting, -1ull);
+        tb_flush_by_commit(req);
+    }
+}
+
 /* False: nobody waits, or the record is another's to write. */
 static bool lead(tb_queue *queue)
 {
@@ -185,7 +195,7 @@ static bool lead(tb_queue *queue)
         return true;
     }
     tb_lock_take(&j->lock);
-    if (j->taking || !make_room(j, RECORD_BYTES))
+    if (j->taking || j->closed || !make_room(j, RECORD_BYTES))
         refused = batch;
     else {
         j->round++;
@@ -199,12 +209,7 @@ static bool lead(tb_queue *queue)
     tb_lock_give(&j->lock);
     if (tell)
         tb_flush_tell(e); /* a commit in good time: without room everybody would have to wait for it */
-    while (refused) {
-        tb_req *req = refused;
-        refused = req->next;
-        TB_ADD(&req->queue->stats.waiting, -1ull);
-        tb_flush_by_commit(req);
-    }
+    by_commit(refused);
     if (!j->batch) {
         __atomic_store_n(&j->busy, 0, __ATOMIC_SEQ_CST);
         return true;
@@ -232,13 +237,7 @@ void tb_journal_leave(tb_queue *queue)
         tb_record_done(queue, -EIO);
     if (!queue->flushes)
         return;
-    tb_req *list = __atomic_exchange_n(&queue->engine->journal.waiting, NULL, __ATOMIC_SEQ_CST);
-    while (list) {
-        tb_req *req = list;
-        list = req->next;
-        TB_ADD(&req->queue->stats.waiting, -1ull);
-        tb_flush_by_commit(req);
-    }
+    by_commit(__atomic_exchange_n(&queue->engine->journal.waiting, NULL, __ATOMIC_SEQ_CST));
 }
 
 void tb_record_synced(tb_queue *queue, int result)
@@ -255,12 +254,18 @@ void tb_record_done(tb_queue *queue, int result)
         submit(queue);
         return;
     }
-    if (first < 0 || (j->bytes && result != (int)j->bytes))
+    bool no_room = !j->sync_result && j->bytes && (result == -ENOSPC || result == -EDQUOT || result == -ENOMEM);
+    if (no_room)
+        j->closed = true; /* no byte is lost: the slots are synced, and commits have the rows. But a record after it would leave a hole */
+    else if (first < 0 || (j->bytes && result != (int)j->bytes))
         tb_flush_fail(e); /* R7: before anybody can find the journal idle */
     tb_req *batch = j->batch;
     j->batch = NULL;
     queue->leads = false;
     queue->flushes = true; /* those who came meanwhile */
     __atomic_store_n(&j->busy, 0, __ATOMIC_SEQ_CST);
-    tb_hand_back_all(batch, tb_flush_failed(e) ? -EIO : 0);
+    if (no_room)
+        by_commit(batch);
+    else
+        tb_hand_back_all(batch, tb_flush_failed(e) ? -EIO : 0);
 }
