@@ -115,10 +115,10 @@ def test_without_permission_the_sentence_says_to_run_it_as_root(
 
 @pytest.fixture
 def small_disk(scratch: Path) -> Iterator[Path]:
-    """A tmpfs of 24 MiB."""
+    """A tmpfs of 28 MiB."""
     folder = scratch / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -165,7 +165,8 @@ def _newer(superblock: bytes) -> bytes:
     """The same superblock as a later version of the format would write it, checksum included."""
     from tierblk.core import crc32c
 
-    head = superblock[:VERSION_AT] + struct.pack("<I", 2) + superblock[VERSION_AT + 4 : CRC_AT]
+    (version,) = struct.unpack_from("<I", superblock, VERSION_AT)
+    head = superblock[:VERSION_AT] + struct.pack("<I", version + 1) + superblock[VERSION_AT + 4 : CRC_AT]
     return head + struct.pack("<I", crc32c(head)) + superblock[CRC_AT + 4 :]
 
 
