@@ -5,7 +5,10 @@ uint64_t *tb_bits_new(uint64_t bits, size_t *bytes)
 {
     *bytes = tb_round_up(bits, 64) / 8;
     void *p = mmap(NULL, *bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
+    if (p == MAP_FAILED)
+        return NULL;
+    madvise(p, *bytes, MADV_NOHUGEPAGE); /* a bit here and there of a large volume is not to cost 2 MiB each */
+    return p;
 }
 
 int tb_rows_new(tb_rows *set, uint64_t rows)
