@@ -202,16 +202,17 @@ class _Field:
 
     def _serving(self) -> Victim:
         """The process that serves now, or is about to."""
-        found: list[Victim] = []
+        found: dict[int, Victim] = {}
 
         def there() -> bool:
-            with suppress(ProcessLookupError):
-                found.extend(Victim(pid) for pid in daemons())
+            with suppress(ProcessLookupError):  # of one that ended while it was looked at
+                for pid in daemons():
+                    found[pid] = Victim(pid)
             return bool(found)
 
         wait_until(there, RETURN_LIMIT_S, self._nobody)
         # /proc is not read at one instant: one may have ended, and the next have begun, meanwhile.
-        living = [each for each in found if each.lives]
+        living = [each for each in found.values() if each.lives]
         if len(living) > 1:
             words = {task.pid: task.words for task in tasks()}
             several = {each.pid: words.get(each.pid) for each in living}
