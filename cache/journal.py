@@ -151,8 +151,8 @@ def _read(path: Path, meta: Meta, superblock: Superblock) -> Replay | None:
         )
     assert meta.journaled is not None
     found = {
-        seq: (at, rows)
-        for at, of_session, seq, rows in records(content)
+        seq: rows
+        for _, of_session, seq, rows in records(content)
         if of_session == meta.session and seq > meta.journaled
     }
     if not found:
@@ -162,7 +162,7 @@ def _read(path: Path, meta: Meta, superblock: Superblock) -> Replay | None:
     if missing:
         raise CacheError(f"the cache's journal {path} is damaged: record {missing[0]} of {last} is")
     replay: dict[int, dict[int, bytes]] = {}
-    for _, (_, rows) in sorted(found.items()):
+    for _, rows in sorted(found.items()):
         for layer_id, row, packed in rows:
             replay.setdefault(layer_id, {})[row] = packed
     return Replay(replay, last, len(found))

@@ -25,7 +25,7 @@ WORDS = b"w" * PAGE_BYTES
 class JournalRig:
     """An engine with a volume, two doors to it, and a journal that takes nothing before `land`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, journal_path: str | None = None) -> None:
         self._rig = Rig(folder, bytes(BLOCK_BYTES), 300)
         self.engine = self._rig.engine
         self._map = (folder / "volume.map").open("w+b")
@@ -38,6 +38,9 @@ class JournalRig:
                 self._full += os.write(self._to, bytes(PAGE_BYTES))
             except BlockingIOError:
                 break
+        if journal_path is not None:
+            os.close(self._to)
+            self._to = os.open(journal_path, os.O_RDWR | os.O_CLOEXEC)
         self.engine.open_journal(self._to, PAGE_BYTES, RING_BYTES, 7)
         self.doors = [LocalDoor(self.engine, None, volume=self.volume, queue_depth=8) for _ in range(2)]
         self.pool = ThreadPoolExecutor(8)
@@ -194,6 +197,27 @@ def test_a_door_that_leaves_hands_on_who_waits_for_the_next_record(rig: JournalR
     while not (second.done() and third.done()):
         rig.land_some()
         rig.end_commit_flushes()
+
+
+@pytest.mark.parametrize("door", [0, 1])
+def test_r7_without_room_for_a_record_everybody_waits_for_a_commit(tmp_path: Path, door: int) -> None:
+    """Also a FLUSH that comes later and finds nothing changed: what came before it is in no record."""
+    rig = JournalRig(tmp_path, journal_path="/dev/full")
+    try:
+        rig.doors[0].write(0, WORDS)
+        first = rig.flush()
+        wait_for(lambda: rig.counted("flush_commits") == 1)
+        second = rig.flush(door)
+        wait_for(lambda: rig.counted("flush_commits") == 2 or second.done())
+        assert not first.done()
+        assert not second.done()
+        rig.end_commit_flushes()
+        for flush in (first, second):
+            flush.result(TIMEOUT_S)
+        assert not rig.engine.flushes_failed()
+    finally:
+        rig.end_commit_flushes()
+        rig.close()
 
 
 def test_a_door_that_leaves_ends_its_record_first(rig: JournalRig) -> None:

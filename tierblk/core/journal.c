@@ -240,6 +240,23 @@ void tb_journal_leave(tb_queue *queue)
     by_commit(__atomic_exchange_n(&queue->engine->journal.waiting, NULL, __ATOMIC_SEQ_CST));
 }
 
+/* The rows of a record that was not written are unflushed again, before the journal is idle (R7): a FLUSH that finds none of them would
+ * count on it. */
+static void put_back(tb_engine *e)
+{
+    tb_journal *j = &e->journal;
+    record_head head;
+    memcpy(&head, j->buffer, sizeof head);
+    const uint8_t *entry = j->buffer + sizeof head;
+    for (uint32_t i = 0; i < head.rows; i++, entry += TB_RECORD_ENTRY) {
+        uint64_t row;
+        uint32_t id;
+        memcpy(&row, entry, sizeof row);
+        memcpy(&id, entry + sizeof row, sizeof id);
+        tb_layer_put_back(e->layers[id], row & ~TB_ROW_GONE);
+    }
+}
+
 void tb_record_synced(tb_queue *queue, int result)
 {
     queue->engine->journal.sync_result = result;
@@ -255,9 +272,10 @@ void tb_record_done(tb_queue *queue, int result)
         return;
     }
     bool no_room = !j->sync_result && j->bytes && (result == -ENOSPC || result == -EDQUOT || result == -ENOMEM);
-    if (no_room)
-        j->closed = true; /* no byte is lost: the slots are synced, and commits have the rows. But a record after it would leave a hole */
-    else if (first < 0 || (j->bytes && result != (int)j->bytes))
+    if (no_room) { /* no byte is lost: commits take the rows. But a record after it would leave a hole */
+        j->closed = true;
+        put_back(e);
+    } else if (first < 0 || (j->bytes && result != (int)j->bytes))
         tb_flush_fail(e); /* R7: before anybody can find the journal idle */
     tb_req *batch = j->batch;
     j->batch = NULL;
