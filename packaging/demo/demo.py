@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,28 +24,32 @@ from tiervm.say import Failed, end_in_order, say  # noqa: E402
 INTERRUPTED = 130
 
 
-def main() -> int:
-    """The whole demo; every failure is one sentence on stderr."""
+def run(name: str, work: Callable[[dict[str, str]], None]) -> int:
+    """A demo with the link that is asked for, to its end; every failure is one sentence on stderr."""
     end_in_order()
     began_s = time.monotonic()
     try:
         host.require_supported()
-        link = link_settings()
-        if os.environ.get("DEMO_IN") != "vm" and native.can_run():
-            cold, warm = here(link)
-        else:
-            cold, warm = in_vm(link)
-        say(report.table(cold, warm, image.IMAGE_BYTES, image.allocated_bytes(), link))
-        for file in report.keep(build_dir() / "demo", cold=cold, warm=warm):
-            say(f"its reads in order: {file}")
+        work(link_settings())
         say(f"all of it took {time.monotonic() - began_s:.0f} s")
         return 0
     except Failed as failure:
-        sys.stderr.write(f"demo: {failure}\n")
+        sys.stderr.write(f"{name}: {failure}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("demo: interrupted; nothing is left running\n")
+        sys.stderr.write(f"{name}: interrupted; nothing is left running\n")
         return INTERRUPTED
+
+
+def both_boots(link: dict[str, str]) -> None:
+    """The whole demo."""
+    if os.environ.get("DEMO_IN") != "vm" and native.can_run():
+        cold, warm = here(link)
+    else:
+        cold, warm = in_vm(link)
+    say(report.table(cold, warm, image.IMAGE_BYTES, image.allocated_bytes(), link))
+    for file in report.keep(build_dir() / "demo", cold=cold, warm=warm):
+        say(f"its reads in order: {file}")
 
 
 def here(link: dict[str, str]) -> tuple[boots.Numbers, boots.Numbers]:
@@ -86,4 +91,4 @@ def link_settings() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("demo", both_boots))

@@ -8,55 +8,38 @@ Environment: RTT_MS and MBIT shape the link to the web server, as for the demo.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent / "vm"))
 
-from demo import INTERRUPTED, link_settings  # noqa: E402  (they need the paths set above)
+from demo import run  # noqa: E402  (they need the paths set above)
 from tierdemo import boots, image  # noqa: E402
 from tiervm import disks, host, kernels  # noqa: E402
 from tiervm.paths import temporary  # noqa: E402
-from tiervm.say import Failed, end_in_order, say  # noqa: E402
+from tiervm.say import Failed, say  # noqa: E402
 
 MIB = 1 << 20
 
 
-def main() -> int:
-    """Both boots; every failure is one sentence on stderr."""
-    end_in_order()
-    began_s = time.monotonic()
-    try:
-        host.require_supported()
-        link = link_settings()
-        say("== a VM with Debian's newest kernel; what it needs is made once")
-        host.install(host.VM_PACKAGES)
-        kernel, root, disk = kernels.kernel("new"), disks.test_root(), image.image_disk()
-        with temporary("cache") as folder:
-            cache = boots.new_cache(folder)
-            first = boots.boot_image(
-                kernel, root, disk, cache, {**link, "ROOT": "volume", "PACKAGES": "install"},
-                "Debian on the volume, dpkg installs",
-            )  # fmt: skip
-            say(f"  {_words(first)}; dpkg took {first.packages['seconds']:.0f} s")
-            say("  the power was cut when dpkg had ended")
-            again = boots.boot_image(
-                kernel, root, disk, cache, {**link, "ROOT": "volume", "PACKAGES": "check"},
-                "the same volume after the power cut",
-            )  # fmt: skip
-        if wrong := again.packages["wrong"]:
-            raise Failed(f"after the power cut: {wrong}.")
-        say(f"  {_words(again)}; dpkg and ext4 find nothing wrong")
-        say(f"all of it took {time.monotonic() - began_s:.0f} s")
-        return 0
-    except Failed as failure:
-        sys.stderr.write(f"demo-install: {failure}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("demo-install: interrupted; nothing is left running\n")
-        return INTERRUPTED
+def install_and_check(link: dict[str, str]) -> None:
+    """Both boots, with a power cut between them. Raises Failed."""
+    say("== a VM with Debian's newest kernel; what it needs is made once")
+    host.install(host.VM_PACKAGES)
+    kernel, root, disk = kernels.kernel("new"), disks.test_root(), image.image_disk()
+    settings = {**link, "ROOT": "volume"}
+    with temporary("cache") as folder:
+        cache = boots.new_cache(folder)
+        title = "Debian on the volume, dpkg installs"
+        first = boots.boot_image(kernel, root, disk, cache, {**settings, "PACKAGES": "install"}, title)
+        say(f"  {_words(first)}; dpkg took {first.packages['seconds']:.0f} s")
+        say("  the power was cut when dpkg had ended")
+        title = "the same volume after the power cut"
+        again = boots.boot_image(kernel, root, disk, cache, {**settings, "PACKAGES": "check"}, title)
+    if wrong := again.packages["wrong"]:
+        raise Failed(f"after the power cut: {wrong}.")
+    say(f"  {_words(again)}; dpkg and ext4 find nothing wrong")
 
 
 def _words(boot: boots.Numbers) -> str:
@@ -69,4 +52,4 @@ def _words(boot: boots.Numbers) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("demo-install", install_and_check))

@@ -265,6 +265,18 @@ door.flush()
 """
 
 
+def run_source(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, which the watchdog may end."""
+    return subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"TMPDIR": str(folder)},
+    )
+
+
 @pytest.mark.parametrize("beats", [False, True])
 def test_the_watchdog_ends_a_silent_loop_only(beats: bool, tmp_path: Path) -> None:
     """Only while requests wait, and only a loop that says nothing for longer than the limit."""
@@ -276,14 +288,7 @@ def test_the_watchdog_ends_a_silent_loop_only(beats: bool, tmp_path: Path) -> No
         else ""
     )
     source = _SILENT.format(root=root, limit_s=0.6, then=then, wait_s=TIMEOUT_S)
-    ended = subprocess.run(
-        [sys.executable, "-c", source],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={"TMPDIR": str(tmp_path)},
-    )
+    ended = run_source(source, tmp_path)
     if beats:
         assert ended.returncode == 0, ended.stderr
     else:
@@ -297,13 +302,6 @@ def test_the_watchdog_knows_of_writers(what: str, tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     blocks = 1 if what == "a FLUSH" else 9
     source = _SILENT_WRITER.format(root=root, blocks=blocks)
-    ended = subprocess.run(
-        [sys.executable, "-c", source],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={"TMPDIR": str(tmp_path)},
-    )
+    ended = run_source(source, tmp_path)
     assert ended.returncode == -signal.SIGABRT, ended.stderr
     assert "the event loop has not answered" in ended.stderr
