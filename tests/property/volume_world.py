@@ -120,6 +120,7 @@ class VolumeWorld:
         """All at once. crash: they are left under way."""
         floor = [set(values) for values in self.now] if any(op.kind == "flush" for op in ops) else None
         stats, records = self.daemon.door.stats(), self._records()
+        released = self.daemon.engine.stats()["released"]
         snapshot = self.host.content("slots") if floor else b""
         calls: list[Call] = []
         for op in ops:
@@ -135,7 +136,7 @@ class VolumeWorld:
         if crash:
             return
         self._wait(call.future for call in calls)
-        self._settle(calls)
+        self._settle(calls, released)
         bare = self.daemon.door.stats()["flush_commits"] == stats["flush_commits"] and self.held is None
         if len(ops) == 1 and floor and calls[0].future.exception() is None:
             self._flushed(floor)
@@ -166,7 +167,7 @@ class VolumeWorld:
             if left and time.monotonic() > deadline:
                 raise AssertionError(f"a hang: {self.daemon.engine.stats()} {self.daemon.door.stats()}")
 
-    def _settle(self, calls: list[Call]) -> None:
+    def _settle(self, calls: list[Call], released: int) -> None:
         self._look_refused()
         written: dict[int, set[int]] = {}
         for op, value, future in calls:
@@ -178,7 +179,7 @@ class VolumeWorld:
                 assert isinstance(error, OSError), repr(error)
                 assert error.errno == ENOSPC or self.refused, f"{op}: {error!r}"
                 if error.errno == ENOSPC:
-                    self._is_full()
+                    self._is_full(released)
             elif op.kind != "flush":
                 for sector in self._changed(op):
                     written.setdefault(sector, set()).add(value)
@@ -233,8 +234,11 @@ class VolumeWorld:
         """I2: of what was complete when it was issued, nothing older can come back."""
         self.cut = [set(values) for values in floor]
 
-    def _is_full(self) -> None:
-        """ENOSPC is right only when every slot holds what nobody else has."""
+    def _is_full(self, released: int) -> None:
+        """ENOSPC is right only when every slot held what nobody else has.
+
+        released: as it was before; a slot that a discard beside it freed may be a fill's by now.
+        """
         stats = self.daemon.engine.stats()
         dirty = sum(
             1
@@ -243,7 +247,8 @@ class VolumeWorld:
             for entry in _entries(rows)
             if entry.cached & entry.dirty
         )
-        assert dirty + stats["bad"] + stats["free"] + stats["quarantined"] >= self.slots, (dirty, stats)
+        freed = stats["free"] + stats["quarantined"] + stats["released"] - released
+        assert dirty + stats["bad"] + freed >= self.slots, (dirty, stats)
 
     def read_behind(self, read: Op, write: Op) -> None:
         """The read's fetches begin and wait; the write is through before they go on."""
