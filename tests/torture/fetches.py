@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from tests.faults.control import Control
 from tests.torture.leftovers import BLOCK_PAGES, PAGE_BYTES, map_pages
-from tierblk.rundir import run_root
 
 SHOWN_MAX = 5
 
@@ -19,8 +19,10 @@ class Memory:
     Holds for a cache into which the image fits (no eviction) and a daemon that sends no second requests.
     """
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, maps_dir: Path) -> None:
+        """maps_dir: of this cache; a daemon that another test killed may have left maps elsewhere."""
         self._control = control
+        self._maps_dir = maps_dir
         self._since_s: dict[int, float] = {}
         self._lost: list[str] = []
         self._entries: list[dict[str, Any]] = []
@@ -30,7 +32,7 @@ class Memory:
     def remember(self) -> bool:
         """Looks at the map and at the server's log; whether the server was in the middle of an answer."""
         pages: set[int] = set()
-        for path in run_root().glob("*/maps/*.map"):
+        for path in self._maps_dir.glob("*.map"):
             pages |= map_pages(path)
         now_s = time.monotonic()
         lost = self._since_s.keys() - pages

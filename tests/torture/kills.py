@@ -128,7 +128,7 @@ class _Field:
         self._squeeze = squeeze
         self._keeper = keeper
         self._tally = Tally()
-        self._memory = Memory(stage.server.control)
+        self._memory = Memory(stage.server.control, stage.maps_dir)
         self._clock = threading.Event()
         self._blows: dict[str, Callable[[Victim], None]] = {
             "kill": lambda daemon: daemon.signal(SIGKILL),

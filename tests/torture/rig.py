@@ -14,6 +14,8 @@ from typing import Any
 from tests.faults.process import FaultProcess, fault_process
 from tests.torture.image import write_image
 from tests.vm.guest.helpers import Tierblk
+from tierblk.cache.superblock import COPIES, COPY_BYTES, choose
+from tierblk.cli.starting import log_path
 from tierblk.rundir import run_root
 
 MIB = 1 << 20
@@ -44,6 +46,14 @@ class Rig:
         """The cache directory of the run."""
         return self.folder / "cache"
 
+    @property
+    def maps_dir(self) -> Path:
+        """Where the block maps of this cache are, once a daemon has begun."""
+        with (self.cache_dir / "slots").open("rb") as slots:
+            copies = [slots.read(COPY_BYTES) for _ in range(COPIES)]
+        found, _ = choose(copies, str(self.cache_dir))
+        return run_root() / str(found.uuid) / "maps"
+
     def attach(self, cache_bytes: int, **settings: str | int | float) -> Path:
         """The device, with a cache of that size; settings as in Tierblk.config."""
         config = self.tierblk.config(
@@ -61,8 +71,9 @@ class Rig:
         return {"device": told["devices"][0], "daemon": told["daemons"][0]}
 
     def log(self) -> str:
-        """What the daemons logged."""
-        return "".join(path.read_text(errors="replace") for path in run_root().glob("log/*.log"))
+        """What the daemons of this cache logged."""
+        path = log_path(self.cache_dir)
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 @contextmanager
