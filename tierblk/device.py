@@ -482,6 +482,7 @@ _SHOWN_STATS = (
     "partial_writes",
     "space_waits",
     "paced",
+    "yielded",
     "flush_requests",
     "flush_records",
     "flush_commits",

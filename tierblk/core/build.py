@@ -20,6 +20,7 @@ SOURCES = [
     "clear.c",
     "flush.c",
     "pace.c",
+    "giveway.c",
     "hot.c",
     "fill.c",
     "wait.c",

@@ -109,6 +109,12 @@ void tb_clear_begin(tb_req *req);
 void tb_clear_go(tb_req *req);
 void tb_clear_turn(tb_queue *queue);
 
+/* giveway.c */
+void tb_read_came(tb_queue *queue);
+bool tb_give_way(tb_req *req);
+void tb_slot_write_ended(tb_queue *queue);
+tb_req *tb_write_may_go(tb_queue *queue);
+
 /* pace.c */
 bool tb_pace(tb_req *req);
 void tb_pace_turn(tb_queue *queue);

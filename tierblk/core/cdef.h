@@ -50,7 +50,7 @@ typedef struct {
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
     uint64_t memory_requests, slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
-    uint64_t write_requests, write_bytes, partial_writes, space_waits, paced, flush_requests, flush_commits, flush_records, discard_requests, discard_bytes;
+    uint64_t write_requests, write_bytes, partial_writes, space_waits, paced, yielded, flush_requests, flush_commits, flush_records, discard_requests, discard_bytes;
 } tb_stats;
 
 typedef struct {

@@ -170,6 +170,8 @@ struct tb_queue {
     uint8_t *olds;   /* a block a tag, for sub-page writes; NULL without a volume */
     tb_req *slices;  /* discards that go on in the next turn */
     tb_req *paced, *paced_last; /* writes that wait for their time, the first come first */
+    tb_req *yielding, *yielding_last; /* writes that let reads go first, likewise, see giveway.c */
+    uint32_t slot_writes, writes_since_read;
     struct __kernel_timespec clock;
     bool clock_set; /* a timeout is under way, */
     uint64_t clock_due; /* the earliest for this time */

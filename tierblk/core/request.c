@@ -14,6 +14,7 @@ void tb_begin(tb_req *req)
     switch (req->op) {
     case TB_OP_READ:
         req->phase = AT_READ;
+        tb_read_came(req->queue);
         req->need = tb_pages_of(req->offset, req->length);
         tb_serve(req);
         break;

@@ -100,7 +100,7 @@ static void fetch_data(tb_req *req)
     TB_COUNT(&req->queue->stats.bounced, 1);
 }
 
-static void submit(tb_req *req)
+static void write_slot(tb_req *req)
 {
     uint32_t start = req->offset / TB_PAGE_BYTES * TB_PAGE_BYTES;
     uint32_t length = (uint32_t)tb_round_up(req->offset + req->length, TB_PAGE_BYTES) - start;
@@ -114,6 +114,14 @@ static void submit(tb_req *req)
     sqe->user_data = tb_ud(req, UD_WRITE, length);
 }
 
+static void submit(tb_req *req)
+{
+    if (!tb_give_way(req))
+        write_slot(req);
+}
+
+static void over(tb_req *req, int result, uint32_t expected);
+
 void tb_data_done(tb_req *req, int result, uint32_t expected)
 {
     req->direct = 0;
@@ -123,7 +131,7 @@ void tb_data_done(tb_req *req, int result, uint32_t expected)
         else
             tb_write_lookup(req);
     } else if (req->slot) /* the driver took the request back; what is in the slot is what was there */
-        tb_volume_write_done(req, -EIO, 0);
+        over(req, -EIO, 0);
     else
         end(req, -EIO);
 }
@@ -270,7 +278,7 @@ static bool settle(tb_layer *volume, tb_head *head, uint16_t pages, uint16_t cle
     return memcmp(&before, head, sizeof before) != 0;
 }
 
-void tb_volume_write_done(tb_req *req, int result, uint32_t expected)
+static void over(tb_req *req, int result, uint32_t expected)
 {
     tb_queue *queue = req->queue;
     tb_layer *volume = queue->volume;
@@ -303,4 +311,13 @@ void tb_volume_write_done(tb_req *req, int result, uint32_t expected)
     if (!ok)
         TB_COUNT(&queue->stats.slot_errors, 1);
     end(req, ok ? 0 : result < 0 ? result : -EIO);
+}
+
+void tb_volume_write_done(tb_req *req, int result, uint32_t expected)
+{
+    tb_queue *queue = req->queue;
+    tb_slot_write_ended(queue);
+    over(req, result, expected);
+    for (tb_req *next; (next = tb_write_may_go(queue));)
+        write_slot(next);
 }
