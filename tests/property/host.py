@@ -116,8 +116,12 @@ def _some_sectors(synced: bytes, written: bytes, dice: random.Random) -> bytes:
     synced = synced.ljust(len(written), b"\0")
     if dice.random() < 0.3:  # a disk that loses all, or nothing
         return dice.choice((synced, written))
-    sectors = (slice(at, at + SECTOR_BYTES) for at in range(0, len(written), SECTOR_BYTES))
-    return b"".join(dice.choice((synced, written))[sector] for sector in sectors)
+    landed = dice.getrandbits(len(written) // SECTOR_BYTES + 1)
+    left = bytearray(synced[: len(written)])
+    for at in range(0, len(written), SECTOR_BYTES):
+        if landed >> (at // SECTOR_BYTES) & 1:
+            left[at : at + SECTOR_BYTES] = written[at : at + SECTOR_BYTES]
+    return bytes(left)
 
 
 def _some_records(synced: bytes, written: bytes, dice: random.Random) -> tuple[bytes, bool]:

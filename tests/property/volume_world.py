@@ -92,8 +92,8 @@ class VolumeWorld:
         parent = memory if memory.is_dir() else self._path
         self._memory = Path(tempfile.mkdtemp(prefix="tierblk-test-", dir=parent))
         self.host = Host(self._path, self._memory)
-        self.now: list[set[int]] = [{ORIGIN} for _ in range(SECTORS)]
-        self.cut: list[set[int]] = [{ORIGIN} for _ in range(SECTORS)]
+        self.now = [frozenset({ORIGIN})] * SECTORS  # of each sector what a read may bring
+        self.cut = list(self.now)  # and after a power cut
         self.values = 0
         self.held: Future[object] | None = None
         self.refused = False
@@ -118,7 +118,7 @@ class VolumeWorld:
 
     def together(self, ops: Sequence[Op], *, crash: bool = False) -> None:
         """All at once. crash: they are left under way."""
-        floor = [set(values) for values in self.now] if any(op.kind == "flush" for op in ops) else None
+        floor = list(self.now) if any(op.kind == "flush" for op in ops) else None
         stats, records = self.daemon.door.stats(), self._records()
         released = self.daemon.engine.stats()["released"]
         snapshot = self.host.content("slots") if floor else b""
@@ -130,8 +130,8 @@ class VolumeWorld:
                     self.values += 1
                 value = self.values if op.kind == "write" else ZERO
                 for sector in self._changed(op):
-                    self.now[sector].add(value)
-                    self.cut[sector].add(value)
+                    self.now[sector] |= {value}
+                    self.cut[sector] |= {value}
             calls.append(Call(op, value, begun(self._do, op, value)))
         if crash:
             return
@@ -191,11 +191,11 @@ class VolumeWorld:
         }
         for sector, fresh in written.items():
             if sector not in failed:
-                self.now[sector] = set(fresh)
+                self.now[sector] = frozenset(fresh)
         for op, _, future in calls:  # FUA: its own sectors are durable, or what others wrote over them
             if op.kind in ("write", "zeroes") and op.flag and future.exception() is None:
                 for sector in self._changed(op):
-                    self.cut[sector] = set(self.now[sector])
+                    self.cut[sector] = self.now[sector]
 
     def _do(self, op: Op, value: int) -> object:
         door, at, length = self.daemon.door, op.at * SECTOR, len(op.sectors) * SECTOR
@@ -217,7 +217,9 @@ class VolumeWorld:
         assert isinstance(found, bytes)
         for i, sector in enumerate(op.sectors):
             data = found[i * SECTOR : (i + 1) * SECTOR]
-            fits = {value for value in self.now[sector] if sector_bytes(value, sector, self.image) == data}
+            fits = frozenset(
+                value for value in self.now[sector] if sector_bytes(value, sector, self.image) == data
+            )
             if not fits:
                 raise AssertionError(
                     f"I1: sector {sector} (block {sector // 128}, page {sector % 128 // 8}) may have "
@@ -230,9 +232,9 @@ class VolumeWorld:
         found = [rows for rows in layer_rows(self.daemon.cache) if rows.kind != "base"]
         return f"{found} {block}"[:300]
 
-    def _flushed(self, floor: list[set[int]]) -> None:
+    def _flushed(self, floor: list[frozenset[int]]) -> None:
         """I2: of what was complete when it was issued, nothing older can come back."""
-        self.cut = [set(values) for values in floor]
+        self.cut = list(floor)
 
     def _is_full(self, released: int) -> None:
         """ENOSPC is right only when every slot held what nobody else has.
@@ -255,7 +257,7 @@ class VolumeWorld:
         if self.held is not None:
             self.let_go()
         self.daemon.hold(True)
-        before = [set(values) for values in self.now]
+        before = list(self.now)
         reading = begun(self._do, read, 0)
         self.together([write])
         self.daemon.hold(False)
@@ -266,7 +268,7 @@ class VolumeWorld:
 
     def flush_if_it_does_not_wait(self) -> None:
         """While a commit is held a FLUSH waits for the next one; one that does not has made its promise."""
-        floor, snapshot = [set(values) for values in self.now], self.host.content("slots")
+        floor, snapshot = list(self.now), self.host.content("slots")
         flush = begun(self._do, Op("flush"), 0)
         waits = self.daemon.door.stats()["flush_commits"]
         while not flush.done() and self.daemon.door.stats()["flush_commits"] == waits:
@@ -331,7 +333,7 @@ class VolumeWorld:
         self.let_go()
         self.daemon.stop(clean=not self.refused)
         if not self.refused:
-            self.cut = [set(values) for values in self.now]
+            self.cut = list(self.now)
         self._begin()
 
     def crash(self, *, kill: bool, seed: int = 0, ops: Sequence[Op] = ()) -> None:
@@ -355,10 +357,10 @@ class VolumeWorld:
         for path in (old_directory, old_run_dir):
             shutil.rmtree(path)
         if not kill:
-            self.now = [set(values) for values in self.cut]
+            self.now = list(self.cut)
         self._begin()
         if not kill:
-            self.cut = [set(values) for values in self.now]
+            self.cut = list(self.now)
 
     def _begin(self) -> None:
         self.refused = False
