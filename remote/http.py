@@ -1,4 +1,4 @@
-"""Sources behind http:// and https://. With direct.py the only file that knows aiohttp's client.
+"""Sources behind http:// and https://.
 
 A source pins the version that it saw first and asks for it in every request (If-Match, else
 If-Unmodified-Since). What an answer must be is in answer.py. What each failure is called:
@@ -39,14 +39,9 @@ headers may hold credentials, so only the configured host gets them.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
 import re
-import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -54,10 +49,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from tierblk import address
-from tierblk.errors import ConfigError, RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.errors import RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.remote import direct
 from tierblk.remote.again import Template
 from tierblk.remote.answer import REDIRECTS, Pin, Want, changed, check_partial, is_exact_length, quoted
+from tierblk.remote.client import new_session, translated
 from tierblk.remote.source import Identity, Progress
 
 if TYPE_CHECKING:
@@ -66,8 +62,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REDIRECTS_MAX = 5
-IDLE_CONNECTION_S = 55.0  # below the 60 s after which servers and middle boxes like to forget one
-READ_BUFFER_BYTES = 256 * 1024  # of the ordinary way only
 
 _PLAIN_URL = re.compile(r"[!-~]+")
 
@@ -159,7 +153,7 @@ class HttpSource:
         response: aiohttp.ClientResponse | None = None
         sink = direct.Sink(view, lambda status, headers: _may_go_direct(status, headers, want), progress)
         try:
-            with _translated(want):
+            with translated(want.asked):
                 if await self._ask_again(url, want, sink):
                     self._keep(url)
                     self.direct_bodies += 1
@@ -255,7 +249,7 @@ class HttpSource:
     async def _look(self, url: URL, pin: Pin | None = None) -> Pin:
         """The version that the server has now, whatever was pinned. pin: for the wording of errors only."""
         want = Want(shown(self._url), 0, 1)
-        with _translated(want):
+        with translated(want.asked):
             response, final = await self._send(url, want, None)
             try:
                 now = check_partial(response.status, response.headers, want)
@@ -320,21 +314,7 @@ async def open_http(
     may_go_direct=False: the ordinary way only.
     """
     parsed = _parse(url)
-    context = await asyncio.to_thread(_tls_context, settings.ca_file)
-    session = aiohttp.ClientSession(
-        connector=_connector(context, may_go_direct),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": "tierblk"},
-        auto_decompress=False,
-        read_bufsize=READ_BUFFER_BYTES,
-        timeout=aiohttp.ClientTimeout(
-            total=None,
-            connect=settings.connect_timeout,  # with the look-up of the name, and the TLS handshake
-            sock_connect=settings.connect_timeout,
-            sock_read=settings.read_timeout,
-            ceil_threshold=settings.connect_timeout + 1,  # longer ones would be rounded up to whole seconds
-        ),
-    )
+    session = await new_session(settings, may_go_direct=may_go_direct)
     source = HttpSource(parsed, session, settings.headers)
     if pin is not None:
         source.trust(pin)
@@ -409,73 +389,3 @@ def _may_go_direct(status: int, headers: Mapping[str, str], want: Want) -> bool:
     except TierblkError:
         return False
     return is_exact_length(headers, want)
-
-
-def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """Trust what the system trusts, or what ca_file holds instead. ConfigError when it cannot be read."""
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # SSLError is one
-        raise ConfigError(
-            f"remote.ca_file {ca_file} cannot be used: {error.strerror or error}",
-            "it must be a file of PEM certificates",
-        ) from None
-
-
-def _connector(context: ssl.SSLContext, may_go_direct: bool) -> aiohttp.TCPConnector:
-    """A pool without a limit of its own: the fetcher has one."""
-    why_not = direct.fault() if may_go_direct else "it was not asked for"
-    if why_not is None:
-        try:
-            return direct.DirectConnector(limit=0, ssl=context, keepalive_timeout=IDLE_CONNECTION_S)
-        except AttributeError as error:
-            why_not = str(error)
-    if may_go_direct:
-        log.warning("aiohttp %s: bodies cannot go straight into the buffer: %s", aiohttp.__version__, why_not)
-    return aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=IDLE_CONNECTION_S)
-
-
-@contextmanager
-def _translated(want: Want) -> Iterator[None]:
-    """The one place where aiohttp's exceptions become ours."""
-    try:
-        yield
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise translate(error, want) from error
-
-
-def translate(error: Exception, want: Want) -> TierblkError:
-    """What an exception of aiohttp means to the caller. Subclasses come before their bases."""
-    match error:
-        case aiohttp.ClientConnectorCertificateError():
-            why = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
-            return RemoteRefused(
-                f"{want.asked}, but the server's certificate is not trusted: {why}",
-                "name the CA's certificate in remote.ca_file",
-            )
-        case aiohttp.ClientConnectorSSLError():
-            return RemoteRefused(
-                f"{want.asked}, but TLS failed: {getattr(error.os_error, 'reason', error.os_error)}"
-            )
-        case aiohttp.ClientConnectorDNSError():
-            return RemoteUnavailable(f"{want.asked}, but the host name does not resolve: {error.host}")
-        case aiohttp.ClientConnectorError():
-            why = os.strerror(error.errno) if error.errno else error.os_error
-            return RemoteUnavailable(
-                f"{want.asked}, but there is no connection to {error.host}:{error.port}: {why}"
-            )
-        case aiohttp.ConnectionTimeoutError():
-            return RemoteUnavailable(f"{want.asked}, but the connection was not established in time")
-        case TimeoutError():
-            return RemoteUnavailable(f"{want.asked}, but the server stalled")
-        case aiohttp.ClientPayloadError():
-            return RemoteUnavailable(f"{want.asked}, but the connection ended in the middle of the body")
-        case aiohttp.ClientResponseError():
-            return RemoteMismatch(f"{want.asked}, but what came is not HTTP: {quoted(error.message)}")
-        case aiohttp.ClientConnectionError() | OSError():
-            return RemoteUnavailable(f"{want.asked}, but the connection was lost")
-        case aiohttp.InvalidURL():
-            where = quoted(address.shown(str(error.url)))
-            return RemoteRefused(f"{want.asked}, but {where} is no address that can be asked")
-        case _:
-            return RemoteRefused(f"{want.asked}, but the request is impossible: {quoted(str(error))}")
