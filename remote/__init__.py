@@ -1,6 +1,6 @@
 """The far tier: knows network, never the cache.
 
-source: what can be read, and how it is opened. http, client, direct, answer: HTTP. file, threads: local files.
+source: what can be read, and how it is opened. http, client, direct, answer: HTTP. file, threads: local ones.
 image: how blocks lie in a source. fetcher: all traffic to a source, made of pace (limits, whose turn it is),
 race (one try, with a second request beside it), hedge (when it is worth one), retry, and outage.
 

@@ -36,6 +36,10 @@ LEFT_OUT = (
     "pyparsing",
     "dateutil",
     "tzdata",
+    # botocore, which judges signatures, and what it brings
+    "botocore",
+    "jmespath",
+    "urllib3",
 )
 NOT_CODE = shutil.ignore_patterns("__pycache__", "*.c", "*.o", "*.h", "*.pth", "__editable__*", ".*")
 FREE_BYTES = 16 * MIB
