@@ -21,7 +21,7 @@ SIZE_BYTES = 600 * BLOCK_BYTES
 UNWRITTEN = 599
 CALLS = 12
 WRITES_BESIDE_READS = 4
-READS_ARE_NEAR = 256
+NEAR_WRITES = 256
 
 
 class PipeRig:
@@ -104,10 +104,17 @@ def test_beside_reads_few_writes_are_under_way_and_each_that_ends_lets_the_next_
     assert rig.yielded == CALLS - WRITES_BESIDE_READS, "who waited waits once"
 
 
+def test_a_queue_that_never_read_has_no_limit(rig: PipeRig) -> None:
+    calls = [rig.write(block) for block in range(CALLS)]
+    wait_for(lambda: rig.door.stats()["active"] == CALLS)
+    assert rig.yielded == 0
+    rig.land_until(calls)
+
+
 def test_without_reads_as_many_are_under_way_as_come(rig: PipeRig) -> None:
     """And the writes that follow a read forget it."""
     rig.read()
-    for number in range(READS_ARE_NEAR):
+    for number in range(NEAR_WRITES):
         rig.land_until([rig.write(number)])
     assert rig.yielded == 0
     rig.fill()

@@ -171,7 +171,7 @@ struct tb_queue {
     tb_req *slices;  /* discards that go on in the next turn */
     tb_req *paced, *paced_last; /* writes that wait for their time, the first come first */
     tb_req *yielding, *yielding_last; /* writes that let reads go first, likewise, see giveway.c */
-    uint32_t slot_writes, writes_since_read;
+    uint32_t slot_writes, reads_near; /* under way; how many more count as beside reads */
     struct __kernel_timespec clock;
     bool clock_set; /* a timeout is under way, */
     uint64_t clock_due; /* the earliest for this time */

@@ -4,16 +4,16 @@
 #include "core.h"
 
 #define WRITES_BESIDE_READS 4u
-#define READS_ARE_NEAR 256u /* a read came before fewer writes than that */
+#define NEAR_WRITES 256u /* so many writes after a read, another one is expected no more */
 
 static bool is_crowded(const tb_queue *queue)
 {
-    return queue->writes_since_read < READS_ARE_NEAR && queue->slot_writes >= WRITES_BESIDE_READS;
+    return queue->reads_near && queue->slot_writes >= WRITES_BESIDE_READS;
 }
 
 void tb_read_came(tb_queue *queue)
 {
-    queue->writes_since_read = 0;
+    queue->reads_near = NEAR_WRITES;
 }
 
 /* Before a slot write is handed to the kernel. True: not yet, tb_write_may_go names it later. It keeps its pages and its slot, so what
@@ -21,8 +21,8 @@ void tb_read_came(tb_queue *queue)
 bool tb_give_way(tb_req *req)
 {
     tb_queue *queue = req->queue;
-    if (queue->writes_since_read < READS_ARE_NEAR)
-        queue->writes_since_read++;
+    if (queue->reads_near)
+        queue->reads_near--;
     if (!queue->yielding && !is_crowded(queue)) {
         queue->slot_writes++;
         return false;
