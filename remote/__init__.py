@@ -4,8 +4,8 @@ source: what can be read, and how it is opened. http, client, direct, answer: HT
 image: how blocks lie in a source. fetcher: all traffic to a source, made of pace (limits, whose turn it is),
 race (one try, with a second request beside it), hedge (when it is worth one), retry, and outage.
 
-store: what volumes are written to. directory: one in a local folder. s3, with exchange, sigv4 and credentials:
-behind S3's protocol.
+store: what volumes are written to. directory: one in a local folder. s3, exchange, sigv4, credentials: one
+behind the protocol of S3.
 
 What a volume is in object storage, without any network: names (of its objects), birth (volume.json), record
 and epoch (what an epoch changes, as values and as bytes), extents (where every page is, made of pieces and
