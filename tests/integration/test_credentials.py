@@ -18,9 +18,10 @@ from tests.integration.seaweed import CREDENTIALS, SeaweedServer
 from tests.integration.servers import remote_settings
 from tierblk.errors import RemoteRefused, RemoteUnavailable
 from tierblk.remote.client import new_session
-from tierblk.remote.credentials import ChainWallet, Lease, from_chain
+from tierblk.remote.credentials import ChainWallet, from_chain
 from tierblk.remote.s3 import S3Store
 from tierblk.remote.sigv4 import Credentials
+from tierblk.remote.wallet import Lease
 
 HOUR_S = 3600.0
 Answers = Callable[[str, str, dict[str, str]], tuple[int, str]]
@@ -73,7 +74,7 @@ def until(seconds: float) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def holds_an_hour(lease: Lease) -> bool:
+def holds_an_hour(lease: Lease[Credentials]) -> bool:
     assert lease.until_unix_s is not None
     return abs(lease.until_unix_s - datetime.now(UTC).timestamp() - HOUR_S) < 60
 
@@ -196,7 +197,7 @@ class Mint:
     def clock(self) -> float:
         return self.now_unix_s
 
-    def fetch(self, profile: str | None) -> Lease:
+    def fetch(self, profile: str | None) -> Lease[Credentials]:
         if self.fails:
             raise RemoteUnavailable("the mint is closed")
         self.made += 1
@@ -260,7 +261,7 @@ async def test_refused_ones_of_which_the_chain_has_no_others() -> None:
 async def test_who_gives_up_waiting_does_not_end_the_renewal() -> None:
     mint, may_go = Mint(1000), threading.Event()
 
-    def slow(profile: str | None) -> Lease:
+    def slow(profile: str | None) -> Lease[Credentials]:
         assert may_go.wait(10)
         return mint.fetch(profile)
 

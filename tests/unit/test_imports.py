@@ -59,7 +59,7 @@ def test_one_file_opens_lmdb() -> None:
 
 
 def test_aiohttp_is_known_where_it_is_used() -> None:
-    client = {f"remote/{name}.py" for name in ("client", "direct", "exchange", "http", "s3")}
+    client = {f"remote/{name}.py" for name in ("bucket", "client", "direct", "exchange", "http", "s3")}
     assert users_of("aiohttp") == {*client, "tierblk/control.py"}
     control = imported(ROOT / "tierblk" / "control.py")
     assert {name for name in control if name.startswith("aiohttp")} == {"aiohttp", "aiohttp.web"}  # no client
