@@ -136,7 +136,7 @@ class BucketStore(Generic[C]):
         check_name(name)
         asked = f"{self._url}/{name}: asked to create it"
         request = Request("PUT", self._key(name), headers=self._dialect.creation, pieces=pieces)
-        answer = await self._ask(asked, request, is_creation=True)
+        answer = await self._ask(asked, request)
         if self._dialect.is_there_already(answer):
             return False
         self._expect(answer, asked, 200, 201)
@@ -224,7 +224,6 @@ class BucketStore(Generic[C]):
         asked: str,
         request: Request,
         *,
-        is_creation: bool = False,
         into: memoryview | None = None,
         accept: Callable[[Mapping[str, str]], object] | None = None,
         limit_bytes: int = ERROR_BYTES_MAX,
@@ -248,8 +247,8 @@ class BucketStore(Generic[C]):
 
         answer = await self._with_credentials(once)
         self._clock_unix_s = answer.date_unix_s or self._clock_unix_s
-        if is_creation and self._dialect.is_there_already(answer):
-            return answer
+        if self._dialect.is_there_already(answer):
+            return answer  # Azure says it with 409, which elsewhere says nothing
         if answer.status in _UNKNOWN or answer.status >= 500 or self._dialect.is_unknown(answer):
             raise RemoteUnavailable(f"{asked}, but the server cannot say now {self._said(answer)}")
         return answer

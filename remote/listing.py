@@ -48,7 +48,47 @@ def plain(code: str) -> str:
     return "".join(letter for letter in code[:60] if letter.isalnum())
 
 
-def page_of_bucket(body: bytes, asked: str) -> Page:
+class BucketWords:
+    """The part of a Dialect that S3 and Google's XML interface have in common."""
+
+    __slots__ = ()
+
+    @property
+    def empty_pages_max(self) -> int:
+        """See Dialect: a page has something, or it is the last."""
+        return 0
+
+    def code(self, answer: Answer) -> str:
+        """See Dialect."""
+        return error_code(answer)
+
+    def is_there_already(self, answer: Answer) -> bool:
+        """See Dialect."""
+        return answer.status == 412
+
+    def is_missing_bucket(self, answer: Answer) -> bool:
+        """See Dialect."""
+        return error_code(answer) == "NoSuchBucket"
+
+    def is_unknown(self, answer: Answer) -> bool:
+        """See Dialect: with 400, the body did not arrive in time."""
+        return error_code(answer) == "RequestTimeout"
+
+    def listing_query(self, prefix: str, after: str, token: str | None) -> list[tuple[str, str]]:
+        """See Dialect."""
+        query = [("list-type", "2"), ("prefix", prefix)]
+        if after:
+            query.append(("start-after", after))
+        if token:
+            query.append(("continuation-token", token))
+        return query
+
+    def page(self, body: bytes, asked: str) -> Page:
+        """See Dialect."""
+        return _page(body, asked)
+
+
+def _page(body: bytes, asked: str) -> Page:
     """A page of what list-type=2 brings."""
     tree = parsed(body)
     if tree is None:
@@ -69,13 +109,3 @@ def page_of_bucket(body: bytes, asked: str) -> Page:
     if tree.findtext(f"{space}IsTruncated") == "true" and not token:
         raise RemoteMismatch(f"{asked}, but the listing goes on without saying where")
     return Page(objects, token if tree.findtext(f"{space}IsTruncated") == "true" else None)
-
-
-def query_of_bucket(prefix: str, after: str, token: str | None) -> list[tuple[str, str]]:
-    """What asks for one. after: a key, empty for none."""
-    query = [("list-type", "2"), ("prefix", prefix)]
-    if after:
-        query.append(("start-after", after))
-    if token:
-        query.append(("continuation-token", token))
-    return query

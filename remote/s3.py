@@ -24,7 +24,7 @@ import aiohttp
 
 from tierblk.remote.bucket import BucketStore, Place, Request, bucket_and_prefix, endpoint_parts
 from tierblk.remote.exchange import Answer
-from tierblk.remote.listing import Page, error_code, page_of_bucket, query_of_bucket
+from tierblk.remote.listing import BucketWords, error_code
 from tierblk.remote.sigv4 import EMPTY_SHA256, Credentials, encoded_query, signed_headers
 from tierblk.remote.store import Bytes
 from tierblk.remote.wallet import Wallet
@@ -62,7 +62,7 @@ class S3Store(BucketStore[Credentials]):
 
 
 @dataclass(frozen=True, slots=True)
-class _S3:
+class _S3(BucketWords):
     """See Dialect."""
 
     place: Place
@@ -72,10 +72,6 @@ class _S3:
     @property
     def creation(self) -> Mapping[str, str]:
         return {"if-none-match": "*"}
-
-    @property
-    def empty_pages_max(self) -> int:
-        return 0
 
     def authorised(self, request: Request, credentials: Credentials) -> tuple[str, Mapping[str, str]]:
         query = encoded_query(request.query)
@@ -91,26 +87,8 @@ class _S3:
             self.now(),
         )
 
-    def code(self, answer: Answer) -> str:
-        return error_code(answer)
-
-    def is_there_already(self, answer: Answer) -> bool:
-        return answer.status == 412
-
-    def is_missing_bucket(self, answer: Answer) -> bool:
-        return error_code(answer) == "NoSuchBucket"
-
     def is_stale(self, answer: Answer) -> bool:
         return error_code(answer) in _STALE_CREDENTIALS
-
-    def is_unknown(self, answer: Answer) -> bool:
-        return error_code(answer) == "RequestTimeout"
-
-    def listing_query(self, prefix: str, after: str, token: str | None) -> list[tuple[str, str]]:
-        return query_of_bucket(prefix, after, token)
-
-    def page(self, body: bytes, asked: str) -> Page:
-        return page_of_bucket(body, asked)
 
 
 def _place(bucket: str, settings: S3Settings) -> Place:

@@ -20,6 +20,7 @@ RENEW_BEFORE_S = 300.0
 RETRY_S = 5.0  # after a renewal that failed, while the old ones hold
 
 C = TypeVar("C")
+C_co = TypeVar("C_co", covariant=True)
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ class Wallet(Protocol[C]):
 
 
 @dataclass(frozen=True, slots=True)
-class Lease(Generic[C]):
+class Lease(Generic[C_co]):
     """Credentials and until when they hold (Unix time); None: for good."""
 
-    credentials: C
+    credentials: C_co
     until_unix_s: float | None = None
 
 

@@ -1,4 +1,5 @@
-"""What every store promises (remote/store.py), asked of each: a folder, and an S3 server."""
+"""What every store promises (remote/store.py), asked of each: a folder, an S3 server, and models of Google's
+and Azure's."""
 
 from __future__ import annotations
 
@@ -9,14 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration import model_az, model_gs
+from tests.integration.model_az import AzModel
+from tests.integration.model_gs import GsModel
 from tests.integration.seaweed import CREDENTIALS, SeaweedServer
 from tests.integration.servers import remote_settings
 from tierblk.errors import ConfigError, RemoteRefused, RemoteUnavailable
+from tierblk.remote.az import AzSettings, AzStore
 from tierblk.remote.client import new_session
 from tierblk.remote.directory import DirectoryStore
+from tierblk.remote.gs import GsSettings, GsStore
 from tierblk.remote.s3 import S3Store
+from tierblk.remote.sharedkey import SharedKey
 from tierblk.remote.sigv4 import Credentials
 from tierblk.remote.store import Found, Store, prove
+from tierblk.remote.wallet import FixedWallet, Token
 
 MIB = 1 << 20
 OpenStore = Callable[[str], Awaitable[Store]]
@@ -50,7 +58,19 @@ async def s3_store(server: SeaweedServer, prefix: str, *credentials: Credentials
     return S3Store(server.url(prefix), server.settings, Purse(*(credentials or [CREDENTIALS])), session)
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(scope="module")
+def google() -> Iterator[GsModel]:
+    with GsModel() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def azure() -> Iterator[AzModel]:
+    with AzModel() as server:
+        yield server
+
+
+@pytest.fixture(params=["folder", "s3", "gs", "az"])
 async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[OpenStore]:
     opened: list[Store] = []
     unique = os.urandom(8).hex()
@@ -61,8 +81,28 @@ async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIte
     async def of_s3(prefix: str) -> Store:
         return await s3_store(request.getfixturevalue("seaweed"), f"{unique}/{prefix}")
 
+    async def of_gs(prefix: str) -> Store:
+        server: GsModel = request.getfixturevalue("google")
+        return GsStore(
+            f"gs://{model_gs.BUCKET}/{unique}/{prefix}",
+            GsSettings(server.origin),
+            FixedWallet(Token(model_gs.TOKEN)),
+            await new_session(remote_settings()),
+        )
+
+    async def of_az(prefix: str) -> Store:
+        server: AzModel = request.getfixturevalue("azure")
+        return AzStore(
+            f"az://{model_az.ACCOUNT}/{model_az.CONTAINER}/{unique}/{prefix}",
+            AzSettings(server.endpoint),
+            FixedWallet(SharedKey.of_text(model_az.ACCOUNT, model_az.KEY)),
+            await new_session(remote_settings()),
+        )
+
     async def open_one(prefix: str) -> Store:
-        opened.append(await (of_folder if request.param == "folder" else of_s3)(prefix))
+        opened.append(
+            await {"folder": of_folder, "s3": of_s3, "gs": of_gs, "az": of_az}[request.param](prefix)
+        )
         return opened[-1]
 
     yield open_one

@@ -59,7 +59,8 @@ def test_one_file_opens_lmdb() -> None:
 
 
 def test_aiohttp_is_known_where_it_is_used() -> None:
-    client = {f"remote/{name}.py" for name in ("bucket", "client", "direct", "exchange", "http", "s3")}
+    stores = ("az", "bucket", "exchange", "gs", "s3")
+    client = {f"remote/{name}.py" for name in (*stores, "client", "direct", "http")}
     assert users_of("aiohttp") == {*client, "tierblk/control.py"}
     control = imported(ROOT / "tierblk" / "control.py")
     assert {name for name in control if name.startswith("aiohttp")} == {"aiohttp", "aiohttp.web"}  # no client
@@ -80,3 +81,9 @@ def test_the_contracts_hold() -> None:
     linter = Path(sys.executable).parent / "lint-imports"
     run = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout
+
+
+def test_one_file_knows_each_library_of_credentials() -> None:
+    assert users_of("botocore") == {"remote/credentials.py"}
+    assert users_of("google") == {"remote/google.py"}
+    assert users_of("cryptography") == set()

@@ -40,6 +40,11 @@ LEFT_OUT = (
     "botocore",
     "jmespath",
     "urllib3",
+    # google-auth, and what it brings: as botocore
+    "google",
+    "cryptography",
+    "pyasn1",
+    "pyasn1_modules",
 )
 NOT_CODE = shutil.ignore_patterns("__pycache__", "*.c", "*.o", "*.h", "*.pth", "__editable__*", ".*")
 FREE_BYTES = 16 * MIB
