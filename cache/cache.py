@@ -276,9 +276,7 @@ class Cache:
             rows = {row: layer.peek_row(row) for row in range(layer.rows)}
             layers.append(LayerRows(layer_id, record.kind, record.size_bytes, rows))
         counts = self.engine.stats()
-        return check(
-            layers, counts["slots"] + 1, SlotCounts(counts["free"], counts["quarantined"], counts["bad"])
-        )
+        return check(layers, counts["slots"] + 1, SlotCounts(*(counts[name] for name in SlotCounts._fields)))
 
     async def close(self, clean: bool = True) -> None:
         """Ends the session; doors are closed before. With `clean`, what is cached is all recorded and maps

@@ -51,6 +51,7 @@ class SlotCounts(NamedTuple):
     free: int
     quarantined: int
     bad: int = 0
+    pinned: int = 0  # only a sealed epoch has them
 
 
 def check(layers: Iterable[LayerRows], slot_count: int, counts: SlotCounts | None = None) -> list[Violation]:
@@ -98,10 +99,11 @@ def check_index(
                 violations.append(Violation("I4", *here, text))
             if entry.slot and entry.slot not in owners:
                 only_index.add(entry.slot)
-    if counts is not None and len(only_index) > counts.quarantined + counts.bad:
+    if counts is not None and len(only_index) > sum(counts) - counts.free:
         text = (
-            f"only the index names {len(only_index)} slots, {counts.quarantined} are in quarantine and "
-            f"{counts.bad} bad: the others are free, and could be written before the index forgets them"
+            f"only the index names {len(only_index)} slots, {counts.quarantined} are in quarantine, "
+            f"{counts.bad} bad and {counts.pinned} pinned: the others are free, and could be written before "
+            "the index forgets them"
         )
         violations.append(Violation("R8", None, None, text))
     return violations

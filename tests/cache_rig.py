@@ -243,7 +243,7 @@ def check_files(directory: Path, cache: Cache | None = None) -> list[Violation]:
     if cache is None:
         return found
     maps, stats = layer_rows(cache), cache.stats()
-    found += check_index(rows, maps, SlotCounts(stats["free"], stats["quarantined"], stats["bad"]))
+    found += check_index(rows, maps, SlotCounts(*(stats[name] for name in SlotCounts._fields)))
     return found if cache.changed() else found + check_committed(rows, maps)
 
 

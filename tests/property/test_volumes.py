@@ -92,6 +92,21 @@ class VolumeMachine(RuleBasedStateMachine):
         self.world.read_behind(Op("read", *span), Op("write", page * PER_PAGE, count * PER_PAGE))
 
     @rule()
+    def seal(self) -> None:
+        self.world.seal()
+
+    @rule(ops=st.lists(changes(), min_size=1, max_size=6))
+    def seal_change_and_end(self, ops: list[Op]) -> None:
+        """R10, R11: nothing of what comes after a seal is in its epoch."""
+        self.world.seal()
+        self.do(*ops)
+        self.world.end_epoch()
+
+    @rule()
+    def end_epoch(self) -> None:
+        self.world.end_epoch()
+
+    @rule()
     def evict(self) -> None:
         self.world.evict()
 

@@ -30,6 +30,7 @@ from tierblk.core import (
     Engine,
     LocalDoor,
     Record,
+    Sealed,
 )
 from tierblk.extent import block_extent
 from tierblk.upkeep import Upkeep
@@ -183,6 +184,29 @@ class VolumeDaemon:
             assert time.monotonic() < deadline, f"it does not come to rest: {self.engine.stats()}"
             self._on_loop(look)
             threading.Event().wait(0 if not quiet or quiet[-1] else 0.001)
+
+    def sealed_pages(self) -> dict[int, bytes]:
+        """Page number of the volume -> its bytes, of what is sealed."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        found: list[Sealed] = []
+
+        def collect() -> None:
+            if self.volume.collect(1):
+                found.extend(self.volume.sealed(1000))
+                done.set()
+
+        done = threading.Event()
+        while not done.is_set():
+            assert time.monotonic() < deadline_s, "the epoch is never complete"
+            self._on_loop(collect)
+        slots, pages = self.host.content("slots"), dict[int, bytes]()
+        for each in found:
+            for page in range(16):
+                if each.dirty >> page & 1:
+                    at = each.slot * BLOCK_BYTES + page * PAGE_BYTES
+                    data = bytes(PAGE_BYTES) if each.zero >> page & 1 else slots[at : at + PAGE_BYTES]
+                    pages[each.block * 16 + page] = data
+        return pages
 
     def check(self) -> list[Any]:
         """The runnable invariants, on the loop, with nothing under way."""

@@ -37,7 +37,7 @@ from tierblk.cache.invariants import (
     check_session,
 )
 from tierblk.cache.rows import Entry, entries_of
-from tierblk.core import BLOCK_BYTES, EVICT, PAGE_BYTES, Record
+from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, EVICT, PAGE_BYTES, Record
 from tierblk.errors import CacheError
 
 SECTOR = 512
@@ -97,11 +97,14 @@ class VolumeWorld:
         self.values = 0
         self.held: Future[object] | None = None
         self.refused = False
+        self.sealed: list[frozenset[int]] | None = None  # `now` as it was at the seal
+        self.sealed_pages: set[int] = set()  # those that were dirty then
         self.daemon = VolumeDaemon(self.host, slots + 1, self.image, DEVICE_BYTES, ring_bytes=RING_BYTES)
 
     def close(self) -> None:
         try:
             self.let_go()
+            self.end_epoch()
             self.daemon.hold(False)
             self.verify()
             self.check()
@@ -164,6 +167,8 @@ class VolumeWorld:
             _, left = wait(left, 0.05)
             if left and self.held is not None and self.daemon.engine.stats()["needy"]:
                 self.let_go()  # a write waits for the slots that this commit will free
+            if left and self.sealed is not None and self.daemon.engine.stats()["needy"]:
+                self.end_epoch()  # or for those that this epoch has
             if left and time.monotonic() > deadline:
                 raise AssertionError(f"a hang: {self.daemon.engine.stats()} {self.daemon.door.stats()}")
 
@@ -327,10 +332,44 @@ class VolumeWorld:
         """Everything that may go."""
         self.daemon._on_loop(lambda: self.daemon.engine.push([Record(EVICT, value=self.slots)]))
 
+    # -- epochs ---
+
+    def seal(self) -> None:
+        if self.sealed is None:
+            self.sealed_pages = self._dirty_pages()
+            self.daemon._on_loop(self.daemon.volume.seal)
+            self.sealed = list(self.now)
+
+    def end_epoch(self) -> None:
+        """R10, R11: until now every page that was dirty at the seal can be read as it was then, and no other
+        is in the epoch."""
+        if self.sealed is None:
+            return
+        was, self.sealed = self.sealed, None
+        pages = self.daemon.sealed_pages()
+        assert pages.keys() == self.sealed_pages, f"I9: {sorted(pages.keys() ^ self.sealed_pages)}"
+        for page, data in pages.items():
+            first = page * PAGE_BYTES // SECTOR
+            for sector in range(first, min(first + PAGE_BYTES // SECTOR, SECTORS)):
+                found = data[(sector - first) * SECTOR :][:SECTOR]
+                fits = any(sector_bytes(value, sector, self.image) == found for value in was[sector])
+                assert fits, f"I9: sector {sector} has {found[:16].hex()}, not {sorted(was[sector])}"
+        self.daemon._on_loop(self.daemon.volume.end_epoch)
+
+    def _dirty_pages(self) -> set[int]:
+        rows = next(rows for rows in layer_rows(self.daemon.cache) if rows.kind == "local")
+        return {
+            block * 16 + page
+            for block, entry in _numbered(rows)
+            for page in range(16)
+            if entry.dirty >> page & 1
+        }
+
     # -- sessions ---
 
     def stop(self) -> None:
         self.let_go()
+        self.end_epoch()
         self.daemon.stop(clean=not self.refused)
         if not self.refused:
             self.cut = list(self.now)
@@ -353,7 +392,7 @@ class VolumeWorld:
                 dead.stop(clean=False)
         finally:
             self.host.boot, self.host.durable, self.host.rows = boot, durable, rows
-        self.held = None
+        self.held = self.sealed = None
         for path in (old_directory, old_run_dir):
             shutil.rmtree(path)
         if not kill:
@@ -405,7 +444,7 @@ class VolumeWorld:
         journaled = self._with_journal(index)
         found += check(journaled, self.slots + 1)
         stats = daemon.engine.stats()
-        held = SlotCounts(stats["free"], stats["quarantined"], stats["bad"])
+        held = SlotCounts(*(stats[name] for name in SlotCounts._fields))
         if self.held is None:
             found += check_index(index, live, held) + check_index(journaled, live, held)
             found += daemon.check()
@@ -427,6 +466,11 @@ class VolumeWorld:
             kept = {row: packed for row, packed in rows.items() if packed}
             merged.append(LayerRows(layer.layer_id, layer.kind, layer.size_bytes, kept))
         return merged
+
+
+def _numbered(rows: LayerRows) -> Iterator[tuple[int, Entry]]:
+    for row, packed in rows.rows.items():
+        yield from enumerate(entries_of(packed), row * ENTRIES_PER_ROW)
 
 
 def _entries(rows: LayerRows) -> Iterator[Entry]:

@@ -262,7 +262,7 @@ class World:
         live = layer_rows(daemon.cache)
         found = check(live, self.slots + 1) + check(self.index_rows(), self.slots + 1)
         counts = daemon.engine.stats()
-        held = SlotCounts(counts["free"], counts["quarantined"], counts["bad"])
+        held = SlotCounts(*(counts[name] for name in SlotCounts._fields))
         found += check_index(self.index_rows(), live, held)  # I4 at any crash that may come now
         if not daemon.committing:
             found += daemon.cache.check()

@@ -6,14 +6,14 @@ belong to the event loop's thread, but for those that say otherwise."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from tierblk.core._core import ffi, lib
 from tierblk.core.calls import check, counters
 from tierblk.core.doors import FOR_EVER_MS, Door, LocalDoor, UblkDoor, local_door
 
-__all__ = ["Door", "Engine", "Layer", "LocalDoor", "Record", "UblkDoor", "check", "local_door"]
+__all__ = ["Door", "Engine", "Layer", "LocalDoor", "Record", "Sealed", "UblkDoor", "check", "local_door"]
 
 PAGE_BYTES: int = lib.TB_PAGE_BYTES
 BLOCK_BYTES: int = lib.TB_BLOCK_BYTES
@@ -233,6 +233,16 @@ class Flushes(NamedTuple):
     handle: Any
 
 
+class Sealed(NamedTuple):
+    """A block as it was at the seal: pages that were dirty (page 0 lowest), those of them that are zeros, and
+    the slot that has the others, 0 for none."""
+
+    block: int
+    slot: int
+    dirty: int
+    zero: int
+
+
 class Layer:
     """The block map of one layer; made by `Engine.open_layer`, valid until the engine is closed."""
 
@@ -253,6 +263,35 @@ class Layer:
             why = "bad checksum or length" if rc == -_EBADMSG else "masks or slots that cannot be"
             raise ValueError(f"row {row} of layer {self.layer_id}: {why}")
         check(rc, f"row {row} of layer {self.layer_id}")
+
+    def seal(self) -> None:
+        """What the volume is now can be collected until `end_epoch` (R10). OSError EBUSY: one is sealed."""
+        check(lib.tb_epoch_seal(self.handle), f"layer {self.layer_id}")
+
+    def collect(self, map_pages: int) -> bool | None:
+        """Goes on with finding what is sealed. True: all is found; False: not yet; None: not before a write
+        that is under way has ended."""
+        rc = lib.tb_epoch_collect(self.handle, map_pages)
+        if rc == -_EAGAIN:
+            return None
+        check(rc, f"layer {self.layer_id}")
+        return bool(rc == 0)
+
+    def sealed(self, most: int) -> list[Sealed]:
+        """Some of what was found, each block once; [] when there is no more. Not before `collect` has said
+        True."""
+        out = ffi.new("tb_sealed[]", most)
+        count = lib.tb_epoch_take(self.handle, out, most)
+        return [Sealed(out[i].block, out[i].slot, out[i].dirty, out[i].zero) for i in range(count)]
+
+    def clean(self, blocks: Sequence[Sealed]) -> None:
+        """They are in the store: what was not changed since is not dirty any more (I8, R13)."""
+        items = ffi.new("tb_sealed[]", [tuple(each) for each in blocks])
+        lib.tb_epoch_clean(self.handle, items, len(blocks))
+
+    def end_epoch(self) -> None:
+        """With its record or without. Slots that only it had wait for a commit."""
+        lib.tb_epoch_end(self.handle)
 
     def become(self, kind: str) -> None:
         """An empty volume that no door shows begins another life, as "local" or "scratch". OSError EBUSY."""
@@ -320,7 +359,7 @@ class Layer:
         return int(lib.tb_layer_cached_pages(self.handle))
 
 
-_EINVAL, _EBADMSG, _EILSEQ = 22, 74, 84
+_EAGAIN, _EINVAL, _EBADMSG, _EILSEQ = 11, 22, 74, 84
 _KINDS: dict[str, int] = {
     "base": lib.TB_LAYER_BASE,
     "local": lib.TB_LAYER_LOCAL,

@@ -21,6 +21,8 @@ SOURCES = [
     "flush.c",
     "pace.c",
     "giveway.c",
+    "epoch.c",
+    "move.c",
     "hot.c",
     "fill.c",
     "wait.c",

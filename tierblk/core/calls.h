@@ -49,7 +49,9 @@ uint64_t tb_map_next(const tb_layer *layer, uint64_t block, uint64_t end);
 
 /* slots.c */
 uint32_t tb_slot_take_for_write(tb_engine *engine);
-uint32_t tb_entry_drop_slot(tb_entry *entry, tb_head *head);
+uint32_t tb_entry_drop_slot(tb_layer *layer, tb_entry *entry, tb_head *head);
+void tb_slot_give_to_epoch(tb_engine *engine, uint32_t slot);
+void tb_slot_take_from_epoch(tb_engine *engine, uint32_t slot);
 void tb_needy_push(tb_engine *engine, tb_req *req);
 void tb_needy_wake(tb_engine *engine, bool (*whom)(const tb_req *req), int result);
 int tb_slots_init(tb_engine *engine);
@@ -103,11 +105,27 @@ void tb_old_read(tb_req *req);
 void tb_data_done(tb_req *req, int result, uint32_t expected);
 void tb_volume_write_done(tb_req *req, int result, uint32_t expected);
 bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own);
+void tb_wait_in_block(tb_req *req);
+tb_req *tb_waiters_in(const tb_layer *volume, uint64_t block);
+tb_req *tb_waiters_of(const tb_req *req);
+void tb_wait_for_space(tb_req *req, tb_lock *stripe);
+void tb_write_failed(tb_req *req, int result);
 
 /* clear.c */
 void tb_clear_begin(tb_req *req);
 void tb_clear_go(tb_req *req);
 void tb_clear_turn(tb_queue *queue);
+
+/* epoch.c */
+void tb_epoch_free(tb_layer *layer);
+bool tb_epoch_touch(tb_layer *layer, uint64_t block, tb_entry *entry, tb_head *head);
+void tb_epoch_freshen(const tb_layer *layer, tb_head *head, uint16_t pages);
+void tb_epoch_pin(tb_layer *layer, uint32_t slot);
+
+/* move.c */
+void tb_move_begin(tb_req *req, tb_entry *entry, tb_head head, tb_lock *stripe);
+void tb_move_end(tb_req *req, tb_entry *entry, tb_lock *stripe);
+void tb_move_done(tb_req *req, int result, uint32_t expected);
 
 /* giveway.c */
 void tb_read_came(tb_queue *queue);

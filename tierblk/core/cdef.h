@@ -50,12 +50,19 @@ typedef struct {
 typedef struct {
     uint64_t requests, errors, hit_requests, hit_bytes, zero_requests, zero_bytes, miss_requests, miss_bytes;
     uint64_t memory_requests, slot_errors, waiting, active, enters, bounced, oldest_wait_ms;
-    uint64_t write_requests, write_bytes, partial_writes, space_waits, paced, yielded, flush_requests, flush_commits, flush_records, discard_requests, discard_bytes;
+    uint64_t write_requests, write_bytes, partial_writes, space_waits, paced, yielded, moved, flush_requests, flush_commits, flush_records, discard_requests, discard_bytes;
 } tb_stats;
+
+/* A block of a sealed epoch as it was at the seal: dirty pages, those of them that are zeros, and the slot of the others. */
+typedef struct {
+    uint64_t block;
+    uint32_t slot;
+    uint16_t dirty, zero;
+} tb_sealed;
 
 typedef struct {
     uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, slot_write_calls, zero_blocks;
-    uint64_t evicted, released, passed_blocks, expired, needy, flush_failed, volume_slots;
+    uint64_t evicted, released, passed_blocks, expired, needy, flush_failed, volume_slots, pinned;
 } tb_cache_stats;
 
 /* Latencies of requests, from the turn in which they came to the one in which they were done: how many, by tier and by
@@ -110,6 +117,11 @@ int tb_layer_set_kind(tb_layer *layer, int kind);
 int tb_layer_close(tb_layer *layer);
 int tb_layer_load_row(tb_layer *layer, uint64_t row, const uint8_t *packed, uint32_t length, int drop_clean);
 int tb_layer_bad_row(tb_layer *layer, uint64_t row);
+int tb_epoch_seal(tb_layer *layer);
+int tb_epoch_collect(tb_layer *layer, uint32_t max);
+uint32_t tb_epoch_take(tb_layer *layer, tb_sealed *out, uint32_t max);
+void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count);
+void tb_epoch_end(tb_layer *layer);
 int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages);
 int64_t tb_layer_warm_start(tb_layer *layer);
 int tb_layer_take_changed(tb_layer *layer, uint64_t *rows, uint8_t *packed, int max);

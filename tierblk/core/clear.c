@@ -35,14 +35,21 @@ static bool clear_block(tb_req *req, uint16_t pages)
         return false;
     }
     tb_entry *entry = &volume->entries[req->block];
-    tb_head head = entry->head, before = head;
+    tb_head head = entry->head;
+    if (head.flags & TB_ENTRY_MOVING || tb_epoch_touch(volume, req->block, entry, &head)) {
+        tb_wait_in_block(req);
+        tb_lock_give(stripe);
+        return false;
+    }
+    tb_head before = entry->head;
     uint16_t absent = pages & zero_below(queue, req->block), zero = pages & (uint16_t)~absent;
     head.present = (head.present & (uint16_t)~absent) | zero;
     head.zero = (head.zero & (uint16_t)~absent) | zero;
     head.dirty = (head.dirty & (uint16_t)~absent) | zero;
     head.cached &= (uint16_t)~pages;
+    tb_epoch_freshen(volume, &head, pages);
     TB_ADD(&volume->cached_pages, -(uint64_t)__builtin_popcount(before.cached & pages));
-    uint32_t dropped = tb_entry_drop_slot(entry, &head);
+    uint32_t dropped = tb_entry_drop_slot(volume, entry, &head);
     tb_entry_store(entry, head);
     if (memcmp(&before, &head, sizeof head))
         tb_map_mark(volume, req->block);

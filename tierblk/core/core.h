@@ -41,6 +41,8 @@
 #define TB_ENTRY_REFERENCED 1u /* hit since the eviction hand last passed */
 #define TB_ENTRY_PROBATION 2u  /* filled, not yet hit a second time */
 #define TB_ENTRY_MARKED 4u     /* the first request that touches it is to be told (READ_ON) */
+#define TB_ENTRY_SEALED 8u     /* its slot holds bytes of the sealed epoch: a write moves it first (R11) */
+#define TB_ENTRY_MOVING 16u    /* a write does so: all others wait */
 
 /* The half of an entry that must change as one: slot, masks, flags (R1). */
 typedef union {
@@ -89,6 +91,11 @@ struct tb_layer {
     uint64_t blocks, rows, size_bytes;
     uint64_t cached_pages;
     uint64_t round; /* of the journal: the last one in which its rows were taken, under the journal's lock */
+    tb_sealed *saved; /* of the sealed epoch, see epoch.c: what its blocks were, each once */
+    uint32_t *pinned; /* and slots that only it has */
+    uint64_t saved_count, taken_count, pinned_count, collected;
+    uint32_t generation; /* of the last seal */
+    bool sealing;
     uint32_t doors;
     uint32_t in_commit; /* the running commit has taken unflushed rows of it */
     int map_fd;
@@ -137,6 +144,8 @@ struct tb_req {
     tb_req *next_writing, **writing_link;
     uint32_t frame; /* index + 1 of the frame of the memory tier that it holds, see hot.c; 0: none */
     uint32_t since_ms; /* when it began to wait for a fill; 0: it has not */
+    uint32_t move_from, move_to; /* slots, while it moves its block, see move.c */
+    uint8_t moves, move_first, move_last; /* MOVE_*, and the pages that are copied */
     uint64_t began;    /* ticks of the turn in which it came */
     uint64_t due;      /* ticks: until then it waits for its turn to take a slot */
 } __attribute__((aligned(64)));
@@ -144,6 +153,8 @@ struct tb_req {
 /* What a request is at, and so what follows when it comes back. AT_OLD: a sub-page write reads the pages that it changes in
  * part, to its tag's block in `olds`. */
 enum { AT_READ, AT_OLD, AT_WRITE, AT_CLEAR, AT_SYNC };
+
+enum { MOVE_WAITS = 1, MOVE_READS, MOVE_WRITES };
 
 enum { PIN_VOLUME = 1, PIN_BASE = 2 };
 
@@ -305,6 +316,7 @@ struct tb_engine {
     uint32_t flush_told, flush_failed, failed_cycles, flushes_waiting; /* the last: also those that Python has taken */
     uint32_t drain_scan, filler_quit, need_space_told;
     uint64_t pace_ticks, pace_next, pace_longest, pace_shortest, pace_ns_per_tick; /* see pace.c; the last in 1/1024 */
+    uint32_t pinned; /* slots that only a sealed epoch has */
     uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
     uint32_t impatient; /* doors whose patience ends some time */
     uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
@@ -328,7 +340,7 @@ struct tb_engine {
 /* user_data of every SQE: a pointer (48 bits), what it is (low 4 bits), and the length expected in sectors (top byte).
  * UD_WRITE: of a request's bytes to its volume's slot; UD_DATA: of a request's bytes into its tag's buffer. */
 enum { UD_WAKE, UD_DOOR, UD_SLOT_READ, UD_SLOT_WRITE, UD_RUN_WRITE, UD_ZEROS, UD_DOOR_COPY, UD_HOT, UD_VOLUME_READ, UD_WRITE, UD_DATA, UD_SYNC,
-       UD_RECORD_SYNC, UD_RECORD, UD_CLOCK };
+       UD_RECORD_SYNC, UD_RECORD, UD_CLOCK, UD_MOVE };
 
 static inline uint64_t tb_ud(const void *pointer, unsigned kind, uint32_t bytes)
 {

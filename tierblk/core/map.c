@@ -67,6 +67,7 @@ int tb_layer_close(tb_layer *layer)
         munmap(layer->map, layer->map_bytes);
     if (layer->ready)
         munmap(layer->ready, layer->ready_bytes);
+    tb_epoch_free(layer);
     tb_rows_free(&layer->changed);
     tb_rows_free(&layer->unflushed);
     if (layer->engine->layers[layer->id] == layer)
@@ -249,12 +250,14 @@ int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
     tb_lock_take(stripe);
     entry->readers--;
     tb_head now = entry->head;
-    uint32_t dropped = tb_entry_drop_slot(entry, &now);
-    if (dropped) {
+    uint32_t dropped = tb_entry_drop_slot(layer, entry, &now);
+    if (now.slot != entry->head.slot)
         tb_entry_store(entry, now);
+    if (dropped)
         tb_slot_quarantine(layer->engine, dropped);
-    }
+    tb_req *awake = now.flags & TB_ENTRY_MOVING && !entry->readers ? tb_waiters_in(layer, block) : NULL;
     tb_lock_give(stripe);
+    tb_hand_back_all(awake, 0);
     return failure ? failure : head.cached;
 }
 

@@ -85,6 +85,9 @@ static void take_completions(tb_queue *queue)
         case UD_RECORD:
             tb_record_done(tb_ud_pointer(ud), cqe->res);
             break;
+        case UD_MOVE:
+            tb_move_done(tb_ud_pointer(ud), cqe->res, tb_ud_bytes(ud));
+            break;
         case UD_CLOCK:
             queue->clock_set = false;
             break;

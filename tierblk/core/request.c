@@ -6,7 +6,7 @@
 void tb_begin(tb_req *req)
 {
     req->result = 0;
-    req->tries = req->missed = req->slot_failed = req->all_zero = req->pinned = req->from_memory = req->paced = 0;
+    req->tries = req->missed = req->slot_failed = req->all_zero = req->pinned = req->from_memory = req->paced = req->moves = 0;
     req->owns = req->writes = req->clean = req->inflight = 0;
     req->slot = req->since_ms = 0;
     req->began = req->queue->now;

@@ -151,12 +151,14 @@ static void unpin(tb_layer *layer, uint64_t block)
     tb_entry *entry = &layer->entries[block];
     tb_head head = entry->head;
     entry->readers--;
-    uint32_t dropped = tb_entry_drop_slot(entry, &head);
-    if (dropped) {
+    uint32_t dropped = tb_entry_drop_slot(layer, entry, &head);
+    if (head.slot != entry->head.slot)
         tb_entry_store(entry, head);
+    if (dropped)
         tb_slot_quarantine(layer->engine, dropped);
-    }
+    tb_req *awake = head.flags & TB_ENTRY_MOVING && !entry->readers ? tb_waiters_in(layer, block) : NULL;
     tb_lock_give(stripe);
+    tb_hand_back_all(awake, 0);
 }
 
 /* False: the request has failed. A page that the volume has and nobody can give is in a row of the index that was damaged (R9):
@@ -169,6 +171,11 @@ static bool look_in_volume(tb_req *req, tb_layer *volume, sources *from)
     tb_lock_take(stripe);
     tb_entry *entry = &volume->entries[req->block];
     tb_head head = entry->head;
+    if (__builtin_expect(head.flags & TB_ENTRY_MOVING && req->need & head.cached, 0)) {
+        tb_wait_in_block(req); /* R2: its slot is about to be another one */
+        tb_lock_give(stripe);
+        return false;
+    }
     bool lost = req->need & head.present & (uint16_t)~(head.cached | head.zero);
     from->in_volume = lost ? 0 : req->need & head.cached;
     from->zero = req->need & head.zero;

@@ -132,14 +132,34 @@ uint32_t tb_slot_take_for_write(tb_engine *e)
 }
 
 /* Under the stripe lock: the slot that an entry is to lose because nothing of it is cached any more and nothing is in flight on
- * it (R2); 0: none. The caller stores the head and quarantines the slot. */
-uint32_t tb_entry_drop_slot(tb_entry *entry, tb_head *head)
+ * it (R2); 0: none. The caller stores the head, if it has changed, and
+ * quarantines the slot. One with sealed bytes goes to the epoch instead. */
+uint32_t tb_entry_drop_slot(tb_layer *layer, tb_entry *entry, tb_head *head)
 {
     if (!head->slot || head->cached || entry->readers || entry->writers || entry->fill)
         return 0;
     uint32_t slot = head->slot;
     head->slot = 0;
+    if (head->flags & TB_ENTRY_SEALED) {
+        head->flags &= (uint16_t)~TB_ENTRY_SEALED;
+        tb_epoch_pin(layer, slot);
+        return 0;
+    }
     return slot;
+}
+
+/* Nobody's for now, and not free. */
+void tb_slot_give_to_epoch(tb_engine *e, uint32_t slot)
+{
+    disown(e, slot, CONDEMNED);
+    TB_ADD(&e->pinned, 1);
+}
+
+/* It waits for a commit like any other that was freed. */
+void tb_slot_take_from_epoch(tb_engine *e, uint32_t slot)
+{
+    TB_ADD(&e->pinned, -1u);
+    tb_slot_quarantine(e, slot);
 }
 
 /* Under a stripe lock, see tb_door_drain: the write waits until slots are free, or until somebody says that none will be. */
@@ -282,7 +302,7 @@ static bool evict_slot(tb_engine *e, uint32_t slot, bool probation_only)
     tb_head head = entry->head;
     /* R2: only with nothing in flight; I3: never with a dirty page. The owner is looked up without the lock, so the
      * entry must still say the same. */
-    if (head.slot == slot && !head.dirty && !entry->readers && !entry->writers && !entry->fill) {
+    if (head.slot == slot && !head.dirty && !(head.flags & TB_ENTRY_SEALED) && !entry->readers && !entry->writers && !entry->fill) {
         if (head.flags & TB_ENTRY_REFERENCED) {
             head.flags &= (uint16_t)~TB_ENTRY_REFERENCED;
             tb_entry_store(entry, head);

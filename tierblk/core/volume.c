@@ -29,12 +29,41 @@ bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own)
     tb_stripe_state *stripe = stripe_of(req);
     for (tb_req *other = stripe->writing; other; other = other->next_writing)
         if (other != req && (other->owns & pages || other->writes & own) && of_one_block(other, req)) {
-            TB_ADD(&req->queue->stats.waiting, 1);
-            req->next = stripe->waiting;
-            stripe->waiting = req;
+            tb_wait_in_block(req);
             return true;
         }
     return false;
+}
+
+/* Under the stripe lock: it comes back when a write of its block has ended, or moved it. */
+void tb_wait_in_block(tb_req *req)
+{
+    tb_stripe_state *stripe = stripe_of(req);
+    TB_ADD(&req->queue->stats.waiting, 1);
+    req->next = stripe->waiting;
+    stripe->waiting = req;
+}
+
+/* Under the stripe lock: those who wait in a block, to be handed back without the lock. */
+tb_req *tb_waiters_in(const tb_layer *volume, uint64_t block)
+{
+    tb_req **link = &tb_stripe_of(volume, block)->waiting, *awake = NULL;
+    while (*link) {
+        tb_req *waiter = *link;
+        if (waiter->block != block || waiter->queue->volume != volume) {
+            link = &waiter->next;
+            continue;
+        }
+        *link = waiter->next;
+        waiter->next = awake; /* a stack over a stack: the first come is the first */
+        awake = waiter;
+    }
+    return awake;
+}
+
+tb_req *tb_waiters_of(const tb_req *req)
+{
+    return tb_waiters_in(req->queue->volume, req->block);
 }
 
 /* Under the stripe lock. */
@@ -60,18 +89,7 @@ static tb_req *delist(tb_req *req)
     if (req->next_writing)
         req->next_writing->writing_link = req->writing_link;
     req->writes = req->owns = 0;
-    tb_req **link = &stripe_of(req)->waiting, *awake = NULL;
-    while (*link) {
-        tb_req *waiter = *link;
-        if (!of_one_block(waiter, req)) {
-            link = &waiter->next;
-            continue;
-        }
-        *link = waiter->next;
-        waiter->next = awake; /* a stack over a stack: the first come is the first */
-        awake = waiter;
-    }
-    return awake;
+    return tb_waiters_of(req);
 }
 
 static void end(tb_req *req, int result)
@@ -118,6 +136,11 @@ static void submit(tb_req *req)
 {
     if (!tb_give_way(req))
         write_slot(req);
+}
+
+void tb_write_failed(tb_req *req, int result)
+{
+    end(req, result);
 }
 
 static void over(tb_req *req, int result, uint32_t expected);
@@ -184,7 +207,7 @@ void tb_old_read(tb_req *req)
 }
 
 /* Under the stripe lock, which it gives back. */
-static void wait_for_space(tb_req *req, tb_lock *stripe)
+void tb_wait_for_space(tb_req *req, tb_lock *stripe)
 {
     tb_engine *e = req->queue->engine;
     bool drains = __atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST);
@@ -234,6 +257,19 @@ void tb_write_lookup(tb_req *req)
     }
     tb_entry *entry = &volume->entries[req->block];
     tb_head head = entry->head;
+    if ((head.flags & TB_ENTRY_MOVING && !req->moves) || tb_epoch_touch(volume, req->block, entry, &head)) {
+        tb_wait_in_block(req);
+        tb_lock_give(stripe);
+        return;
+    }
+    if (req->moves && !(head.flags & TB_ENTRY_SEALED)) {
+        tb_move_end(req, entry, stripe);
+        return;
+    }
+    if (head.flags & TB_ENTRY_SEALED) {
+        tb_move_begin(req, entry, head, stripe);
+        return;
+    }
     if (!head.slot) { /* R2: without a slot nothing is in flight on it */
         if (tb_pace(req)) {
             tb_lock_give(stripe);
@@ -241,7 +277,7 @@ void tb_write_lookup(tb_req *req)
         }
         head.slot = tb_slot_take_for_write(queue->engine);
         if (!head.slot) {
-            wait_for_space(req, stripe);
+            tb_wait_for_space(req, stripe);
             return;
         }
         tb_slot_own(queue->engine, head.slot, volume, req->block);
@@ -249,6 +285,7 @@ void tb_write_lookup(tb_req *req)
     /* R3: dirty when it is submitted, since the page may be half of what it was from then on. */
     req->clean = pages & head.cached & (uint16_t)~head.dirty;
     head.dirty |= req->clean;
+    tb_epoch_freshen(volume, &head, pages);
     entry->writers++;
     tb_entry_store(entry, head);
     if (req->clean)
@@ -300,7 +337,7 @@ static void over(tb_req *req, int result, uint32_t expected)
     tb_head head = entry->head;
     bool changed = settle(volume, &head, touched(req), req->clean, ok);
     entry->writers--;
-    uint32_t dropped = tb_entry_drop_slot(entry, &head);
+    uint32_t dropped = tb_entry_drop_slot(volume, entry, &head);
     tb_entry_store(entry, head);
     if (changed)
         tb_map_mark(volume, req->block);

@@ -1,0 +1,192 @@
+/* Epochs (R10 to R13): a seal is one instant, and what the volume was then can be read until the epoch ends.
+ *
+ * The seal raises the layer's generation while every stripe lock is held. An entry whose own generation is older has not changed since.
+ * Before its first change (tb_epoch_touch) what it was, slot and masks, is saved in the epoch's list; a slot with sealed bytes is not
+ * written to any more: a write moves the block to another one first (move.c). Whatever lets go of such a slot leaves it to the epoch, which
+ * gives it back at its end.
+ *
+ * The event loop seals, collects, cleans and ends; queues touch. One epoch at a time is sealed. */
+#include "core.h"
+
+#include <sys/mman.h>
+
+#define PAGE_ENTRIES (TB_PAGE_BYTES / sizeof(tb_entry))
+
+static void *reserved(size_t bytes)
+{
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static size_t saved_bytes(const tb_layer *layer)
+{
+    return (size_t)layer->blocks * sizeof(tb_sealed);
+}
+
+static size_t pinned_bytes(const tb_layer *layer)
+{
+    return (size_t)layer->engine->slot_count * sizeof(uint32_t);
+}
+
+void tb_epoch_free(tb_layer *layer)
+{
+    if (layer->saved)
+        munmap(layer->saved, saved_bytes(layer));
+    if (layer->pinned)
+        munmap(layer->pinned, pinned_bytes(layer));
+}
+
+/* Event loop. -EBUSY while an epoch is sealed. */
+int tb_epoch_seal(tb_layer *layer)
+{
+    tb_engine *e = layer->engine;
+    if (layer->sealing)
+        return -EBUSY;
+    if (!layer->saved) { /* of each only what is used costs memory */
+        layer->saved = reserved(saved_bytes(layer));
+        layer->pinned = reserved(pinned_bytes(layer));
+        if (!layer->saved || !layer->pinned)
+            return -ENOMEM;
+    }
+    layer->saved_count = layer->taken_count = layer->pinned_count = 0;
+    layer->collected = 0;
+    for (unsigned i = 0; i < TB_STRIPES; i++)
+        tb_lock_take(&e->stripes[i].lock);
+    layer->generation++;
+    layer->sealing = true;
+    for (unsigned i = 0; i < TB_STRIPES; i++)
+        tb_lock_give(&e->stripes[i].lock);
+    return 0;
+}
+
+/* Under the stripe lock. */
+static void save(tb_layer *layer, uint64_t block, tb_head head)
+{
+    uint64_t at = __atomic_fetch_add(&layer->saved_count, 1, __ATOMIC_RELAXED);
+    layer->saved[at] = (tb_sealed){.block = block, .slot = head.dirty & head.cached ? head.slot : 0, .dirty = head.dirty,
+                                   .zero = head.dirty & head.zero};
+}
+
+/* Under the stripe lock: the entry is of this seal from now on. */
+static void enter(tb_layer *layer, uint64_t block, tb_entry *entry, tb_head *head)
+{
+    entry->generation = layer->generation;
+    head->fresh = 0;
+    if (!head->dirty) {
+        tb_entry_store(entry, *head);
+        return;
+    }
+    save(layer, block, *head);
+    if (head->dirty & head->cached)
+        head->flags |= TB_ENTRY_SEALED;
+    tb_entry_store(entry, *head);
+}
+
+/* Under the stripe lock, before a write or discard changes the block; *head is what it is then. True: it has to wait for the writes that
+ * took their slot before the seal, which belong to the epoch (R11). */
+bool tb_epoch_touch(tb_layer *layer, uint64_t block, tb_entry *entry, tb_head *head)
+{
+    if (!layer->sealing || entry->generation == layer->generation)
+        return false;
+    if (entry->writers)
+        return true;
+    enter(layer, block, entry, head);
+    return false;
+}
+
+/* Under the stripe lock: these pages are newer than the sealed epoch. */
+void tb_epoch_freshen(const tb_layer *layer, tb_head *head, uint16_t pages)
+{
+    if (layer->sealing)
+        head->fresh |= pages;
+}
+
+/* Under the stripe lock, instead of quarantine, for a slot that a block lets go of: its bytes are the epoch's until that ends. */
+void tb_epoch_pin(tb_layer *layer, uint32_t slot)
+{
+    tb_slot_give_to_epoch(layer->engine, slot);
+    layer->pinned[__atomic_fetch_add(&layer->pinned_count, 1, __ATOMIC_RELAXED)] = slot;
+}
+
+/* Event loop: what the epoch consists of, some `max` map pages further. 1: call again; 0: all of it is known; -EAGAIN: call again
+ * later, a write of before the seal is under way. */
+int tb_epoch_collect(tb_layer *layer, uint32_t max)
+{
+    if (!layer->sealing)
+        return -EINVAL;
+    for (; layer->collected < layer->blocks && max; max--) {
+        uint64_t block = tb_map_next(layer, layer->collected, layer->blocks);
+        uint64_t end = block / PAGE_ENTRIES * PAGE_ENTRIES + PAGE_ENTRIES;
+        for (; block < end && block < layer->blocks; block++) {
+            tb_entry *entry = &layer->entries[block];
+            tb_lock *stripe = tb_stripe(layer, block);
+            tb_lock_take(stripe);
+            bool waits = entry->generation != layer->generation && entry->writers;
+            if (!waits && entry->generation != layer->generation && entry->head.dirty) {
+                tb_head head = entry->head;
+                enter(layer, block, entry, &head);
+            }
+            tb_lock_give(stripe);
+            layer->collected = block;
+            if (waits)
+                return -EAGAIN;
+        }
+        layer->collected = block;
+    }
+    return layer->collected < layer->blocks;
+}
+
+/* Event loop: up to `max` of what was collected or touched, each once, in no order. All of them when tb_epoch_collect has said 0. */
+uint32_t tb_epoch_take(tb_layer *layer, tb_sealed *out, uint32_t max)
+{
+    uint32_t count = 0;
+    /* Entries are written under stripe locks, which the collection has taken since; before its end the last may be half. */
+    while (count < max && layer->collected >= layer->blocks && layer->taken_count < layer->saved_count)
+        out[count++] = layer->saved[layer->taken_count++];
+    return count;
+}
+
+/* Event loop, after the record exists and its extents are known (R13): these pages of these blocks are in the store, as long as nobody
+ * changed them since (I8). The index may go on calling them dirty. */
+void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        if (items[i].block >= layer->blocks)
+            continue;
+        tb_entry *entry = &layer->entries[items[i].block];
+        tb_lock *stripe = tb_stripe(layer, items[i].block);
+        tb_lock_take(stripe);
+        tb_head head = entry->head;
+        if (entry->generation == layer->generation) {
+            head.dirty &= (uint16_t)~(items[i].dirty & (uint16_t)~head.fresh);
+            tb_entry_store(entry, head);
+        }
+        tb_lock_give(stripe);
+    }
+}
+
+/* Event loop: the epoch is over, with its record or without one. Slots that only it had wait for a commit, since the index may name them. */
+void tb_epoch_end(tb_layer *layer)
+{
+    if (!layer->sealing)
+        return;
+    for (uint64_t i = 0; i < layer->saved_count; i++) {
+        uint64_t block = layer->saved[i].block;
+        tb_entry *entry = &layer->entries[block];
+        tb_lock *stripe = tb_stripe(layer, block);
+        tb_lock_take(stripe);
+        tb_head head = entry->head;
+        head.flags &= (uint16_t)~TB_ENTRY_SEALED;
+        tb_entry_store(entry, head);
+        tb_lock_give(stripe);
+    }
+    for (unsigned i = 0; i < TB_STRIPES; i++)
+        tb_lock_take(&layer->engine->stripes[i].lock);
+    layer->sealing = false;
+    for (unsigned i = 0; i < TB_STRIPES; i++)
+        tb_lock_give(&layer->engine->stripes[i].lock);
+    for (uint64_t i = 0; i < layer->pinned_count; i++)
+        tb_slot_take_from_epoch(layer->engine, layer->pinned[i]);
+    madvise(layer->saved, saved_bytes(layer), MADV_DONTNEED);
+    madvise(layer->pinned, pinned_bytes(layer), MADV_DONTNEED);
+}
