@@ -66,8 +66,8 @@ check: build
 	$(BIN)/lint-imports
 
 test-native: check
-	@echo "== unit and integration tests"
-	$(BIN)/python -m pytest
+	@echo "== unit and integration tests, by two processes, a file at a time"
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: test-native
 	$(MAKE) test-vm

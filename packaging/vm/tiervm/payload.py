@@ -40,6 +40,8 @@ LEFT_OUT = (
     "botocore",
     "jmespath",
     "urllib3",
+    "xdist",
+    "execnet",
     # google-auth, and what it brings: as botocore
     "google",
     "cryptography",
