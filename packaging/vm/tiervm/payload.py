@@ -40,8 +40,6 @@ LEFT_OUT = (
     "botocore",
     "jmespath",
     "urllib3",
-    "xdist",
-    "execnet",
     # google-auth, and what it brings: as botocore
     "google",
     "cryptography",
