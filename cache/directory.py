@@ -30,9 +30,9 @@ from tierblk.cache.filesystem import (
     no_space,
     refuse_network_filesystem,
     require_space,
-    sync_directory,
 )
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
+from tierblk.durable import sync_directory
 from tierblk.errors import CacheError
 
 SUMS_BYTES_PER_SLOT = 64

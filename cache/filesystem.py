@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from errno import EDQUOT, ENOSPC, ENOTDIR
 from pathlib import Path
 
+from tierblk.durable import sync_directory
 from tierblk.errors import CacheError
 from tierblk.units import format_size
 
@@ -94,15 +95,6 @@ def make_directories(path: Path, undo: ExitStack) -> None:
         directory.mkdir(mode=0o700)
         undo.callback(directory.rmdir)
         sync_directory(directory.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def create_preallocated(path: Path, size_bytes: int) -> None:

@@ -22,11 +22,12 @@ from pathlib import Path
 from uuid import UUID
 
 from tierblk.cache.directory import JOURNAL_BYTES
-from tierblk.cache.filesystem import free_bytes, is_no_space, no_space, sync_directory
+from tierblk.cache.filesystem import free_bytes, is_no_space, no_space
 from tierblk.cache.index import Index, Meta, Rows
 from tierblk.cache.start import is_current
 from tierblk.cache.superblock import Superblock
 from tierblk.core import PAGE_BYTES, RECORD_ENTRY_BYTES, ROW_GONE, crc32c
+from tierblk.durable import sync_directory
 from tierblk.errors import CacheError
 
 RING_AT_BYTES = PAGE_BYTES

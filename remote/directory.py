@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
+from tierblk.durable import sync_directory
 from tierblk.errors import RemoteRefused, RemoteUnavailable
 from tierblk.remote.store import Bytes, Found, check_name
 from tierblk.remote.threads import Threads
@@ -138,7 +139,7 @@ def _create(root: Path, name: str, pieces: Sequence[Bytes]) -> bool:
             return False
     finally:
         unfinished.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_directory(target.parent)
     return True
 
 
@@ -149,15 +150,7 @@ def _make_folder(path: Path) -> None:
     _make_folder(path.parent)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def _open(path: Path) -> int | None:

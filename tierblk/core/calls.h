@@ -48,6 +48,7 @@ int tb_map_prepare(tb_layer *layer, uint64_t block);
 uint64_t tb_map_next(const tb_layer *layer, uint64_t block, uint64_t end);
 
 /* slots.c */
+void *tb_lazily_zeroed(size_t bytes);
 uint32_t tb_slot_take_for_write(tb_engine *engine);
 uint32_t tb_entry_drop_slot(tb_layer *layer, tb_entry *entry, tb_head *head);
 void tb_slot_give_to_epoch(tb_engine *engine, uint32_t slot);
@@ -107,7 +108,6 @@ void tb_volume_write_done(tb_req *req, int result, uint32_t expected);
 bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own);
 void tb_wait_in_block(tb_req *req);
 tb_req *tb_waiters_in(const tb_layer *volume, uint64_t block);
-tb_req *tb_waiters_of(const tb_req *req);
 void tb_wait_for_space(tb_req *req, tb_lock *stripe);
 void tb_write_failed(tb_req *req, int result);
 

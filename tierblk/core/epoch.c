@@ -8,15 +8,7 @@
  * The event loop seals, collects, cleans and ends; queues touch. One epoch at a time is sealed. */
 #include "core.h"
 
-#include <sys/mman.h>
-
 #define PAGE_ENTRIES (TB_PAGE_BYTES / sizeof(tb_entry))
-
-static void *reserved(size_t bytes)
-{
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
-}
 
 static size_t saved_bytes(const tb_layer *layer)
 {
@@ -43,8 +35,8 @@ int tb_epoch_seal(tb_layer *layer)
     if (layer->sealing)
         return -EBUSY;
     if (!layer->saved) { /* of each only what is used costs memory */
-        layer->saved = reserved(saved_bytes(layer));
-        layer->pinned = reserved(pinned_bytes(layer));
+        layer->saved = tb_lazily_zeroed(saved_bytes(layer));
+        layer->pinned = tb_lazily_zeroed(pinned_bytes(layer));
         if (!layer->saved || !layer->pinned)
             return -ENOMEM;
     }

@@ -6,7 +6,7 @@
 /* Under the stripe lock, which it gives back. The waiters of the block look again. */
 static void wake(tb_req *req, tb_lock *stripe)
 {
-    tb_req *awake = tb_waiters_of(req);
+    tb_req *awake = tb_waiters_in(req->queue->volume, req->block);
     tb_lock_give(stripe);
     tb_hand_back_all(awake, 0);
 }

@@ -7,7 +7,7 @@
 #define FREE_OWNER 0
 #define CONDEMNED UINT64_MAX
 
-static void *lazily_zeroed(size_t bytes)
+void *tb_lazily_zeroed(size_t bytes)
 {
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return p == MAP_FAILED ? NULL : p;
@@ -20,10 +20,10 @@ static size_t bitmap_bytes(const tb_engine *e)
 
 int tb_slots_init(tb_engine *e)
 {
-    e->free = lazily_zeroed(bitmap_bytes(e));
-    e->quarantine[0] = lazily_zeroed(bitmap_bytes(e));
-    e->quarantine[1] = lazily_zeroed(bitmap_bytes(e));
-    e->owner = lazily_zeroed((size_t)e->slot_count * sizeof *e->owner);
+    e->free = tb_lazily_zeroed(bitmap_bytes(e));
+    e->quarantine[0] = tb_lazily_zeroed(bitmap_bytes(e));
+    e->quarantine[1] = tb_lazily_zeroed(bitmap_bytes(e));
+    e->owner = tb_lazily_zeroed((size_t)e->slot_count * sizeof *e->owner);
     return e->free && e->quarantine[0] && e->quarantine[1] && e->owner ? 0 : -ENOMEM;
 }
 
@@ -132,8 +132,8 @@ uint32_t tb_slot_take_for_write(tb_engine *e)
 }
 
 /* Under the stripe lock: the slot that an entry is to lose because nothing of it is cached any more and nothing is in flight on
- * it (R2); 0: none. The caller stores the head, if it has changed, and
- * quarantines the slot. One with sealed bytes goes to the epoch instead. */
+ * it (R2); 0: none. The caller stores the head, if it has changed, and quarantines the slot. One with sealed bytes goes to the epoch
+ * instead. */
 uint32_t tb_entry_drop_slot(tb_layer *layer, tb_entry *entry, tb_head *head)
 {
     if (!head->slot || head->cached || entry->readers || entry->writers || entry->fill)

@@ -61,11 +61,6 @@ tb_req *tb_waiters_in(const tb_layer *volume, uint64_t block)
     return awake;
 }
 
-tb_req *tb_waiters_of(const tb_req *req)
-{
-    return tb_waiters_in(req->queue->volume, req->block);
-}
-
 /* Under the stripe lock. */
 static void enlist(tb_req *req, uint16_t pages, uint16_t own)
 {
@@ -89,7 +84,7 @@ static tb_req *delist(tb_req *req)
     if (req->next_writing)
         req->next_writing->writing_link = req->writing_link;
     req->writes = req->owns = 0;
-    return tb_waiters_of(req);
+    return tb_waiters_in(req->queue->volume, req->block);
 }
 
 static void end(tb_req *req, int result)
