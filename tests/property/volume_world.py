@@ -255,7 +255,8 @@ class VolumeWorld:
             if entry.cached & entry.dirty
         )
         freed = stats["free"] + stats["quarantined"] + stats["released"] - released
-        assert dirty + stats["bad"] + freed >= self.slots, (dirty, stats)
+        kept = dirty + stats["pinned"]  # what only a sealed epoch has cannot go either
+        assert kept + stats["bad"] + freed >= self.slots, (dirty, stats)
 
     def read_behind(self, read: Op, write: Op) -> None:
         """The read's fetches begin and wait; the write is through before they go on."""
