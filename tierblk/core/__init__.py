@@ -103,7 +103,7 @@ class Engine:
 
     def open_layer(self, layer_id: int, map_fd: int, size_bytes: int, *, kind: str = "base") -> Layer:
         """Maps a layer's block map; `map_fd` has to stay open until the engine is closed. kind: "base",
-        "local" or "scratch". Raises OSError."""
+        "local", "scratch" or "write-back". Raises OSError."""
         out = ffi.new("tb_layer **")
         rc = lib.tb_layer_open(self.handle, layer_id, map_fd, size_bytes, _KINDS[kind], out)
         check(rc, f"cannot map layer {layer_id}")
@@ -364,4 +364,5 @@ _KINDS: dict[str, int] = {
     "base": lib.TB_LAYER_BASE,
     "local": lib.TB_LAYER_LOCAL,
     "scratch": lib.TB_LAYER_SCRATCH,
+    "write-back": lib.TB_LAYER_WRITE_BACK,
 }

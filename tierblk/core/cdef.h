@@ -112,6 +112,7 @@ uint64_t tb_commit_taken(tb_engine *engine);
 #define TB_LAYER_BASE 0
 #define TB_LAYER_LOCAL 1
 #define TB_LAYER_SCRATCH 2
+#define TB_LAYER_WRITE_BACK 3
 int tb_layer_open(tb_engine *engine, uint16_t id, int map_fd, uint64_t size_bytes, int kind, tb_layer **out);
 int tb_layer_set_kind(tb_layer *layer, int kind);
 int tb_layer_close(tb_layer *layer);

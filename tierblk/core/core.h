@@ -100,7 +100,7 @@ struct tb_layer {
     uint32_t in_commit; /* the running commit has taken unflushed rows of it */
     int map_fd;
     uint16_t id;
-    bool is_volume, is_scratch;
+    bool is_volume, is_scratch, is_write_back;
 };
 
 static inline bool tb_head_persistent(tb_head head)

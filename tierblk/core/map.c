@@ -18,6 +18,7 @@ int tb_layer_set_kind(tb_layer *layer, int kind)
         return -EBUSY;
     layer->is_volume = kind != TB_LAYER_BASE;
     layer->is_scratch = kind == TB_LAYER_SCRATCH;
+    layer->is_write_back = kind == TB_LAYER_WRITE_BACK;
     return 0;
 }
 
