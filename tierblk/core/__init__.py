@@ -45,6 +45,7 @@ FILL_WHOLE: int = lib.TB_FILL_WHOLE
 FILL_WHOLE_MORE: int = lib.TB_FILL_WHOLE_MORE
 
 _RECORD = struct.Struct("<HHIQQiI")
+_SEALED = struct.Struct("<QIHH")
 _POLL_BATCH = 256
 
 
@@ -185,6 +186,10 @@ class Engine:
         """Writes that wait for a slot end in that errno: none can be freed for them. 0: they look again."""
         lib.tb_no_space(self.handle, -error)
 
+    def set_reserve(self, slots: int) -> None:
+        """So many free slots are only for moves of sealed blocks (R14)."""
+        lib.tb_engine_set_reserve(self.handle, slots)
+
     def set_pace(self, blocks_per_s: float | None) -> None:
         """From now on writes take so many new slots a second at most; None: as many as they like."""
         lib.tb_engine_set_pace(self.handle, round(1e9 / blocks_per_s) if blocks_per_s else 0)
@@ -282,12 +287,24 @@ class Layer:
         True."""
         out = ffi.new("tb_sealed[]", most)
         count = lib.tb_epoch_take(self.handle, out, most)
-        return [Sealed(out[i].block, out[i].slot, out[i].dirty, out[i].zero) for i in range(count)]
+        packed = ffi.buffer(out, count * _SEALED.size)
+        return list(map(Sealed._make, _SEALED.iter_unpack(packed)))
 
-    def clean(self, blocks: Sequence[Sealed]) -> None:
-        """They are in the store: what was not changed since is not dirty any more (I8, R13)."""
-        items = ffi.new("tb_sealed[]", [tuple(each) for each in blocks])
-        lib.tb_epoch_clean(self.handle, items, len(blocks))
+    def read_sealed(self, blocks: Sequence[Sealed], buffer: memoryview) -> tuple[int, bytes]:
+        """The dirty pages of these blocks that are no zeros, one behind the other, into the buffer, whose
+        memory is page-aligned. (How many pages, their crc32c as u32 each). From any thread; it blocks.
+        OSError: the SSD's, or ENOBUFS."""
+        sums = ffi.new("uint32_t[]", len(blocks) * PAGES_PER_BLOCK)
+        memory = ffi.from_buffer("uint8_t[]", buffer, require_writable=True)
+        pages = lib.tb_epoch_read(self.handle, _items(blocks), len(blocks), memory, buffer.nbytes, sums)
+        check(pages, f"sealed blocks of layer {self.layer_id}")
+        return pages, bytes(ffi.buffer(sums, pages * 4))
+
+    def clean(self, blocks: Sequence[Sealed], sums: bytes | None = None) -> None:
+        """They are in the store: what was not changed since is not dirty any more (I8, R13). sums: as
+        `read_sealed` gave them for the same blocks; kept for what stays cached."""
+        kept = ffi.NULL if sums is None else ffi.from_buffer("uint32_t[]", sums)
+        lib.tb_epoch_clean(self.handle, _items(blocks), len(blocks), kept)
 
     def end_epoch(self) -> None:
         """With its record or without. Slots that only it had wait for a commit."""
@@ -357,6 +374,41 @@ class Layer:
 
     def cached_pages(self) -> int:
         return int(lib.tb_layer_cached_pages(self.handle))
+
+    def dirty_pages(self) -> int:
+        """Of a volume: pages that are nowhere else."""
+        return int(lib.tb_layer_dirty_pages(self.handle))
+
+    def learn(self, blocks: Sequence[Sealed]) -> None:
+        """The store has these pages (`dirty`, `zero`; `slot` does not count): what is cached of them and
+        clean is older and goes, what is dirty stays. OSError ENOSPC: the map's tmpfs is full."""
+        check(lib.tb_layer_learn(self.handle, _items(blocks), len(blocks)), f"layer {self.layer_id}")
+
+    def mark_all(self) -> None:
+        """The next commit writes every row, so that the index is exact."""
+        lib.tb_layer_mark_all(self.handle)
+
+    def refuse(self, error: int) -> None:
+        """From now on no write, discard, FLUSH or FUA of it is acknowledged, but ends in that errno (R19);
+        0: they are again."""
+        lib.tb_layer_refuse(self.handle, error)
+
+    def flush_far(self, far: bool) -> None:
+        """Whether a FLUSH waits for the store: FLUSH with this layer is said then, see `far_count`."""
+        lib.tb_layer_flush_far(self.handle, far)
+
+    def far_count(self) -> int:
+        """At FLUSH with this layer: an epoch that is sealed from now on covers so many of its FLUSHes."""
+        return int(lib.tb_far_count(self.handle))
+
+    def far_done(self, upto: int, *, error: int = 0) -> None:
+        """The FLUSHes up to that count are in the store, or end in that errno."""
+        lib.tb_far_done(self.handle, upto, -error)
+
+
+def _items(blocks: Sequence[Sealed]) -> Any:
+    """tb_sealed[], in one copy."""
+    return ffi.from_buffer("tb_sealed[]", b"".join(_SEALED.pack(*block) for block in blocks))
 
 
 _EAGAIN, _EINVAL, _EBADMSG, _EILSEQ = 11, 22, 74, 84

@@ -57,7 +57,8 @@ void tb_needy_push(tb_engine *engine, tb_req *req);
 void tb_needy_wake(tb_engine *engine, bool (*whom)(const tb_req *req), int result);
 int tb_slots_init(tb_engine *engine);
 void tb_slots_exit(tb_engine *engine);
-uint32_t tb_slot_take_run(tb_engine *engine, uint32_t want, uint32_t *got);
+uint32_t tb_slot_take_run(tb_engine *engine, uint32_t want, bool may_take_reserve, uint32_t *got);
+bool tb_slot_for_all(const tb_engine *engine);
 void tb_slot_give_back(tb_engine *engine, uint32_t slot);
 void tb_slot_quarantine(tb_engine *engine, uint32_t slot);
 bool tb_slot_may_condemn(const tb_engine *engine);
@@ -107,6 +108,7 @@ void tb_data_done(tb_req *req, int result, uint32_t expected);
 void tb_volume_write_done(tb_req *req, int result, uint32_t expected);
 bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own);
 void tb_wait_in_block(tb_req *req);
+uint16_t tb_writes_in(const tb_layer *volume, uint64_t block);
 tb_req *tb_waiters_in(const tb_layer *volume, uint64_t block);
 void tb_wait_for_space(tb_req *req, tb_lock *stripe);
 void tb_write_failed(tb_req *req, int result);
@@ -121,6 +123,10 @@ void tb_epoch_free(tb_layer *layer);
 bool tb_epoch_touch(tb_layer *layer, uint64_t block, tb_entry *entry, tb_head *head);
 void tb_epoch_freshen(const tb_layer *layer, tb_head *head, uint16_t pages);
 void tb_epoch_pin(tb_layer *layer, uint32_t slot);
+
+/* far.c */
+void tb_flush_by_epoch(tb_req *req);
+void tb_far_leave(tb_engine *engine);
 
 /* move.c */
 void tb_move_begin(tb_req *req, tb_entry *entry, tb_head head, tb_lock *stripe);
@@ -156,6 +162,10 @@ uint64_t tb_copy_pos(const tb_req *req);
 void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes);
 uint16_t tb_pages_of(uint32_t offset, uint32_t length);
 uint16_t tb_whole_pages_of(uint32_t offset, uint32_t length);
+
+/* forget.c */
+void tb_forget_block(tb_layer *layer, tb_entry *entry, uint64_t block);
+bool tb_forget_of_volume(tb_layer *volume, uint64_t block);
 
 /* hot.c */
 int tb_hot_new(uint64_t bytes, tb_hot **out);

@@ -21,7 +21,7 @@
 #define TB_EV_WAITED 5
 #define TB_EV_READ_ON 6
 #define TB_EV_LEFT 7
-#define TB_EV_FLUSH 8
+#define TB_EV_FLUSH 8 /* layer: FLUSHes of it wait for the store; 0: some wait for a commit */
 
 /* Commands, Python to engine. */
 #define TB_CMD_FILL 1
@@ -121,7 +121,8 @@ int tb_layer_bad_row(tb_layer *layer, uint64_t row);
 int tb_epoch_seal(tb_layer *layer);
 int tb_epoch_collect(tb_layer *layer, uint32_t max);
 uint32_t tb_epoch_take(tb_layer *layer, tb_sealed *out, uint32_t max);
-void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count);
+int tb_epoch_read(tb_layer *layer, const tb_sealed *items, uint32_t count, uint8_t *bytes, uint64_t bytes_max, uint32_t *sums);
+void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count, const uint32_t *sums);
 void tb_epoch_end(tb_layer *layer);
 int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages);
 int64_t tb_layer_warm_start(tb_layer *layer);
@@ -131,6 +132,16 @@ int tb_layer_changed(tb_layer *layer);
 int tb_layer_peek_row(tb_layer *layer, uint64_t row, uint8_t *packed);
 int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums);
 uint64_t tb_layer_cached_pages(tb_layer *layer);
+uint64_t tb_layer_dirty_pages(tb_layer *layer);
+
+/* A volume in object storage. */
+int tb_layer_learn(tb_layer *layer, const tb_sealed *items, uint32_t count);
+void tb_layer_mark_all(tb_layer *layer);
+void tb_layer_refuse(tb_layer *layer, int error);
+void tb_layer_flush_far(tb_layer *layer, int far);
+uint64_t tb_far_count(tb_layer *layer);
+void tb_far_done(tb_layer *layer, uint64_t upto, int result);
+void tb_engine_set_reserve(tb_engine *engine, uint32_t slots);
 
 /* FLUSHes that wait for a commit: a batch that the next whole cycle is for, NULL when there is none; and its end. */
 tb_req *tb_flush_take(tb_engine *engine);

@@ -36,21 +36,23 @@ static bool clear_block(tb_req *req, uint16_t pages)
     }
     tb_entry *entry = &volume->entries[req->block];
     tb_head head = entry->head;
-    if (head.flags & TB_ENTRY_MOVING || tb_epoch_touch(volume, req->block, entry, &head)) {
+    if (head.flags & TB_ENTRY_MOVING || tb_filling(volume, entry) & pages || tb_epoch_touch(volume, req->block, entry, &head)) {
         tb_wait_in_block(req);
         tb_lock_give(stripe);
         return false;
     }
     tb_head before = entry->head;
-    uint16_t absent = pages & zero_below(queue, req->block), zero = pages & (uint16_t)~absent;
+    /* What the store may have stays known as zeros, or its bytes would come back. */
+    uint16_t kept = volume->is_write_back ? head.present : 0;
+    uint16_t absent = pages & zero_below(queue, req->block) & (uint16_t)~kept, zero = pages & (uint16_t)~absent;
     head.present = (head.present & (uint16_t)~absent) | zero;
     head.zero = (head.zero & (uint16_t)~absent) | zero;
     head.dirty = (head.dirty & (uint16_t)~absent) | zero;
     head.cached &= (uint16_t)~pages;
     tb_epoch_freshen(volume, &head, pages);
-    TB_ADD(&volume->cached_pages, -(uint64_t)__builtin_popcount(before.cached & pages));
+    entry->overtaken |= pages;
     uint32_t dropped = tb_entry_drop_slot(volume, entry, &head);
-    tb_entry_store(entry, head);
+    tb_entry_change(volume, entry, head);
     if (memcmp(&before, &head, sizeof head))
         tb_map_mark(volume, req->block);
     if (dropped)

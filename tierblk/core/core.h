@@ -89,7 +89,7 @@ struct tb_layer {
     uint8_t *map;
     size_t map_bytes, ready_bytes;
     uint64_t blocks, rows, size_bytes;
-    uint64_t cached_pages;
+    uint64_t cached_pages, dirty_pages;
     uint64_t round; /* of the journal: the last one in which its rows were taken, under the journal's lock */
     tb_sealed *saved; /* of the sealed epoch, see epoch.c: what its blocks were, each once */
     uint32_t *pinned; /* and slots that only it has */
@@ -101,6 +101,11 @@ struct tb_layer {
     int map_fd;
     uint16_t id;
     bool is_volume, is_scratch, is_write_back;
+    bool flushes_far; /* a FLUSH waits until its epoch is in the store (R14) */
+    uint32_t refused; /* an errno: nothing that changes it is acknowledged any more (R19) */
+    tb_req *far_flushes; /* that wait for an epoch; a stack */
+    uint64_t far_count;  /* how many there have been */
+    uint32_t far_told;
 };
 
 static inline bool tb_head_persistent(tb_head head)
@@ -126,7 +131,7 @@ struct tb_req {
     uint32_t offset, length; /* bytes, within the block */
     int32_t result;          /* 0 so far, or a negative errno */
     uint16_t tag, need;      /* need: pages of the block that are still to be put into it */
-    uint16_t of_base;        /* those of them that the base has, while it is parked on a fill of the base */
+    uint16_t of_layer;       /* those of them that a fill may give, while it is parked on one */
     uint16_t inflight;
     uint8_t op, phase; /* see below */
     uint8_t fua;
@@ -317,6 +322,7 @@ struct tb_engine {
     uint32_t drain_scan, filler_quit, need_space_told;
     uint64_t pace_ticks, pace_next, pace_longest, pace_shortest, pace_ns_per_tick; /* see pace.c; the last in 1/1024 */
     uint32_t pinned; /* slots that only a sealed epoch has */
+    uint32_t reserve; /* free slots that are kept for moves (R14) */
     uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
     uint32_t impatient; /* doors whose patience ends some time */
     uint32_t now_ms, tick_ms, watchdog_ms, beat_ms;
@@ -399,11 +405,36 @@ static inline void tb_entry_store(tb_entry *entry, tb_head head)
     entry->head.bytes = head.bytes; /* one aligned 16-byte store: a kill leaves the old entry or the new one (R1) */
 }
 
+/* Under the stripe lock: the same, counted. */
+static inline void tb_entry_change(tb_layer *layer, tb_entry *entry, tb_head head)
+{
+    int cached = __builtin_popcount(head.cached) - __builtin_popcount(entry->head.cached);
+    int dirty = __builtin_popcount(head.dirty) - __builtin_popcount(entry->head.dirty);
+    if (cached)
+        TB_ADD(&layer->cached_pages, (uint64_t)(int64_t)cached);
+    if (dirty)
+        TB_ADD(&layer->dirty_pages, (uint64_t)(int64_t)dirty);
+    tb_entry_store(entry, head);
+}
+
 static inline uint16_t tb_valid_pages(const tb_layer *layer, uint64_t block)
 {
     uint64_t left = layer->size_bytes - block * TB_BLOCK_BYTES;
     uint64_t pages = left >= TB_BLOCK_BYTES ? TB_BLOCK_PAGES : tb_round_up(left, TB_PAGE_BYTES) / TB_PAGE_BYTES;
     return (uint16_t)((1u << pages) - 1);
+}
+
+/* Pages that only the layer's remote has: of a base what is not cached, of a volume in object storage what it has and is not cached. */
+static inline uint16_t tb_missing(const tb_layer *layer, uint64_t block, tb_head head)
+{
+    uint16_t has = layer->is_volume ? head.present : tb_valid_pages(layer, block);
+    return has & (uint16_t)~(head.cached | head.zero);
+}
+
+/* Under the stripe lock: pages that the block's fill is about to write to the slot, or to one that the block gets with them (R5). */
+static inline uint16_t tb_filling(const tb_layer *layer, const tb_entry *entry)
+{
+    return entry->fill ? layer->engine->fills[entry->fill - 1].writing : 0;
 }
 
 #include "calls.h"

@@ -138,22 +138,84 @@ uint32_t tb_epoch_take(tb_layer *layer, tb_sealed *out, uint32_t max)
     return count;
 }
 
+/* Any thread, between the collection and the epoch's end: the bytes of the dirty pages of these blocks that are no zeros, one behind the
+ * other, and their sums, likewise. Nobody writes to a sealed slot, so no lock is needed. `bytes` and its end are aligned as direct
+ * I/O wants it. How many pages, or -errno. */
+int tb_epoch_read(tb_layer *layer, const tb_sealed *items, uint32_t count, uint8_t *bytes, uint64_t bytes_max, uint32_t *sums)
+{
+    int pages = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint16_t mask = items[i].dirty & (uint16_t)~items[i].zero;
+        if (mask && (!items[i].slot || items[i].slot >= layer->engine->slot_count))
+            return -EINVAL;
+        while (mask) {
+            uint32_t first = (uint32_t)__builtin_ctz(mask), length = (uint32_t)__builtin_ctz(~((uint32_t)mask >> first));
+            mask &= (uint16_t)~(((1u << length) - 1) << first);
+            uint8_t *to = bytes + (uint64_t)pages * TB_PAGE_BYTES;
+            if ((uint64_t)(pages + (int)length) * TB_PAGE_BYTES > bytes_max)
+                return -ENOBUFS;
+            ssize_t want = (ssize_t)length * TB_PAGE_BYTES, got;
+            do
+                got = pread(layer->engine->slots_fd, to, (size_t)want, (off_t)items[i].slot * TB_BLOCK_BYTES + (off_t)first * TB_PAGE_BYTES);
+            while (got < 0 && (errno == EINTR || errno == EAGAIN));
+            if (got != want)
+                return got < 0 ? -errno : -EIO;
+            for (uint32_t page = 0; page < length; page++)
+                sums[pages + (int)page] = tb_crc32c(to + page * TB_PAGE_BYTES, TB_PAGE_BYTES, 0);
+            pages += (int)length;
+        }
+    }
+    return pages;
+}
+
+/* Writes the sums of these pages to those of a slot; `sums` are of all pages of `all`, one behind the other. A sum that could not be
+ * written is one that does not fit, and costs a refetch. */
+static void keep_sums(const tb_engine *e, uint32_t slot, uint16_t pages, uint16_t all, const uint32_t *sums)
+{
+    for (unsigned page = 0, at = 0; page < TB_BLOCK_PAGES; page++) {
+        if (pages >> page & 1) {
+            ssize_t written = pwrite(e->sums_fd, &sums[at], sizeof *sums, (off_t)slot * 64 + (off_t)page * (off_t)sizeof *sums);
+            (void)written;
+        }
+        at += all >> page & 1;
+    }
+}
+
 /* Event loop, after the record exists and its extents are known (R13): these pages of these blocks are in the store, as long as nobody
- * changed them since (I8). The index may go on calling them dirty. */
-void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count)
+ * changed them since (I8). The index may go on calling them dirty. sums: as of tb_epoch_read for the same blocks, or NULL. */
+void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count, const uint32_t *sums)
 {
     for (uint32_t i = 0; i < count; i++) {
+        uint16_t stored = items[i].dirty & (uint16_t)~items[i].zero;
         if (items[i].block >= layer->blocks)
             continue;
         tb_entry *entry = &layer->entries[items[i].block];
         tb_lock *stripe = tb_stripe(layer, items[i].block);
         tb_lock_take(stripe);
-        tb_head head = entry->head;
-        if (entry->generation == layer->generation) {
-            head.dirty &= (uint16_t)~(items[i].dirty & (uint16_t)~head.fresh);
-            tb_entry_store(entry, head);
-        }
+        uint32_t slot = entry->head.slot;
+        uint16_t same = items[i].dirty & (uint16_t)~entry->head.fresh;
+        bool sums_first = sums && slot && same & stored;
+        entry->readers += sums_first; /* R2: the slot stays while its sums are written, which no lock is held for */
         tb_lock_give(stripe);
+        if (sums_first) {
+            keep_sums(layer->engine, slot, same & stored, stored, sums);
+            tb_lock_take(stripe);
+            entry->readers--;
+            tb_lock_give(stripe);
+        }
+        if (sums)
+            sums += __builtin_popcount(stored);
+        tb_lock_take(stripe);
+        tb_head head = entry->head;
+        if (entry->generation == layer->generation)
+            head.dirty &= (uint16_t)~(items[i].dirty & (uint16_t)~head.fresh);
+        uint32_t dropped = tb_entry_drop_slot(layer, entry, &head);
+        tb_entry_change(layer, entry, head);
+        if (dropped)
+            tb_slot_quarantine(layer->engine, dropped);
+        tb_req *awake = sums_first && head.flags & TB_ENTRY_MOVING && !entry->readers ? tb_waiters_in(layer, items[i].block) : NULL;
+        tb_lock_give(stripe);
+        tb_hand_back_all(awake, 0);
     }
 }
 

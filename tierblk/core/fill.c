@@ -56,16 +56,18 @@ tb_fill *tb_fill_begin(tb_layer *layer, uint64_t block, uint16_t want)
     fill->parked_end = &fill->parked;
     TB_ADD(&e->fills_active, 1);
     layer->entries[block].fill = (uint32_t)(fill - e->fills) + 1;
-    layer->entries[block].overtaken = 0;
+    layer->entries[block].overtaken = layer->is_volume ? tb_writes_in(layer, block) : 0;
     __atomic_store_n(&fill->state, FILL_ASKED, __ATOMIC_RELEASE);
     return fill;
 }
 
-static tb_req *take_parked(tb_fill *fill)
+/* *stale: pages that were written or discarded since the fill began. Who parked on one of them looks again when it ends. */
+static tb_req *take_parked(tb_fill *fill, uint16_t *stale)
 {
     tb_lock *stripe = tb_stripe(fill->layer, fill->block);
     tb_lock_take(stripe);
     tb_req *list = fill->parked;
+    *stale = fill->layer->entries[fill->block].overtaken;
     fill->parked = NULL;
     fill->parked_end = &fill->parked;
     tb_lock_give(stripe);
@@ -77,11 +79,12 @@ static tb_req *take_parked(tb_fill *fill)
 void tb_fill_put(tb_engine *e, tb_fill *fill)
 {
     const uint8_t *staged = e->staging + fill->staging_offset;
-    tb_req *list = take_parked(fill), *keep = NULL, **keep_end = &keep;
+    uint16_t stale;
+    tb_req *list = take_parked(fill, &stale), *keep = NULL, **keep_end = &keep;
     while (list) {
         tb_req *req = list;
         list = req->next;
-        tb_put(req, fill->staged, staged);
+        tb_put(req, fill->staged & (uint16_t)~stale, staged);
         if (!req->need)
             tb_queue_hand_back(req);
         else {
@@ -123,20 +126,25 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
     tb_lock_take(stripe);
     tb_head head = entry->head;
     if (cached) {
-        if (!head.slot) {
+        if (!head.slot)
             head.slot = fill->slot;
+        if (fill->new_slot && !layer->is_volume) {
             head.flags = (head.flags & TB_ENTRY_MARKED) | TB_ENTRY_PROBATION;
             entry->born = e->clock;
             TB_ADD(&e->probation, 1);
         }
         head.cached |= cached;
-        TB_ADD(&layer->cached_pages, (uint64_t)__builtin_popcount(cached));
     }
     head.zero |= zero;
-    tb_entry_store(entry, head);
-    if (cached || zero)
-        tb_map_mark(layer, fill->block);
     entry->fill = 0;
+    uint32_t dropped = layer->is_volume ? tb_entry_drop_slot(layer, entry, &head) : 0;
+    bool changed = cached || zero || head.slot != entry->head.slot;
+    tb_entry_change(layer, entry, head);
+    if (changed)
+        tb_map_mark(layer, fill->block);
+    if (dropped)
+        tb_slot_quarantine(e, dropped);
+    tb_req *awake = layer->is_volume ? tb_waiters_in(layer, fill->block) : NULL; /* writes of its pages, see volume.c */
     tb_req *list = fill->parked;
     fill->parked = NULL;
     __atomic_store_n(&fill->state, FILL_FREE, __ATOMIC_RELEASE);
@@ -145,6 +153,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
                        .value = fill->staging_offset, .result = result, .pages = cached | zero});
     tb_lock_give(stripe);
     tb_hand_back_all(list, waiters_result);
+    tb_hand_back_all(awake, 0);
     tb_lock_take(&e->fill_lock);
     fill->next = e->fill_free;
     e->fill_free = fill;
@@ -161,7 +170,10 @@ void tb_fill_keep(tb_engine *e, tb_fill *fill, bool more)
     tb_lock_take(stripe);
     tb_entry *entry = &layer->entries[fill->block];
     tb_head head = entry->head;
-    fill->writing = fill->staged & (uint16_t)~(head.cached | head.zero | entry->overtaken); /* I7 */
+    fill->writing = fill->staged & tb_missing(layer, fill->block, head) & (uint16_t)~entry->overtaken; /* I7 */
+    if (head.flags & TB_ENTRY_MOVING) /* its slot is about to be another one (R2) */
+        fill->writing = 0;
+    fill->slot = head.slot; /* from here on nobody else gives the block one, or takes it away (R2, I7) */
     tb_lock_give(stripe);
     if (fill->writing != (uint16_t)((1u << TB_BLOCK_PAGES) - 1) || fill->zeros == valid || head.slot)
         tb_write_gap(e, fill->staging_offset);
@@ -174,7 +186,6 @@ void tb_fill_keep(tb_engine *e, tb_fill *fill, bool more)
         tb_fill_end(e, fill, 0, 0, 0);
         return;
     }
-    fill->slot = head.slot; /* nobody but a fill gives an entry its slot, and this is its only fill (R2, I7) */
     tb_write_add(e, fill, more);
 }
 

@@ -73,6 +73,8 @@ static void on_give_up(tb_engine *e, const tb_record *command)
 /* Begins a fill of a block that lacks pages and has none. False: enough are running. */
 static bool prefetch(tb_engine *e, tb_layer *layer, uint64_t block, bool mark)
 {
+    if (layer->is_volume && !tb_map_has(layer, block)) /* the store has nothing of it */
+        return true;
     if (TB_LOAD(&e->fills_active) >= TB_MAX_AHEAD || tb_map_prepare(layer, block))
         return false;
     tb_lock *stripe = tb_stripe(layer, block);
@@ -81,7 +83,7 @@ static bool prefetch(tb_engine *e, tb_layer *layer, uint64_t block, bool mark)
     tb_head head = entry->head;
     if (mark)
         entry->head.flags |= TB_ENTRY_MARKED;
-    uint16_t missing = tb_valid_pages(layer, block) & (uint16_t)~(head.cached | head.zero);
+    uint16_t missing = tb_missing(layer, block, head);
     tb_fill *fill = missing && !entry->fill ? tb_fill_begin(layer, block, missing) : NULL;
     if (fill)
         fill->told = fill->ahead = 1;

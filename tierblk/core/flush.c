@@ -54,6 +54,10 @@ void tb_sync(tb_req *req)
         tb_finish(req);
         return;
     }
+    if (TB_LOAD(&volume->flushes_far)) {
+        tb_flush_by_epoch(req);
+        return;
+    }
     if (!is_recorded(e, volume)) {
         if (e->journal.buffer && !__atomic_load_n(&volume->in_commit, __ATOMIC_SEQ_CST))
             tb_journal_add(req);

@@ -133,6 +133,7 @@ static void adopt(tb_layer *layer, uint64_t block, tb_head head)
     if (head.slot)
         tb_slot_own(layer->engine, head.slot, layer, block);
     layer->cached_pages += (uint64_t)__builtin_popcount(head.cached);
+    layer->dirty_pages += (uint64_t)__builtin_popcount(head.dirty);
     tb_entry_store(&layer->entries[block], head);
 }
 
@@ -275,8 +276,7 @@ int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
             tb_lock *stripe = tb_stripe(layer, *block);
             tb_lock_take(stripe);
             tb_head head = entry->head;
-            TB_ADD(&layer->cached_pages, -(uint64_t)__builtin_popcount(head.cached));
-            tb_entry_store(entry, (tb_head){.slot = 0});
+            tb_entry_change(layer, entry, (tb_head){.slot = 0});
             if (tb_head_persistent(head))
                 tb_map_mark(layer, *block);
             if (head.slot)
@@ -295,4 +295,9 @@ int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
 uint64_t tb_layer_cached_pages(tb_layer *layer)
 {
     return TB_LOAD(&layer->cached_pages);
+}
+
+uint64_t tb_layer_dirty_pages(tb_layer *layer)
+{
+    return TB_LOAD(&layer->dirty_pages);
 }

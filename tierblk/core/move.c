@@ -50,12 +50,12 @@ void tb_move_begin(tb_req *req, tb_entry *entry, tb_head head, tb_lock *stripe)
     head.flags |= TB_ENTRY_MOVING;
     tb_entry_store(entry, head);
     req->moves = MOVE_WAITS;
-    if (entry->readers || entry->fill) {
+    if (entry->readers || tb_filling(req->queue->volume, entry)) {
         tb_wait_in_block(req);
         tb_lock_give(stripe);
         return;
     }
-    uint32_t slot = tb_slot_take_for_write(req->queue->engine);
+    uint32_t got = 0, slot = tb_slot_take_run(req->queue->engine, 1, true, &got);
     if (!slot) {
         give_up(req, entry, stripe);
         tb_lock_take(stripe);

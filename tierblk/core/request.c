@@ -2,6 +2,12 @@
 #define _GNU_SOURCE
 #include "core.h"
 
+/* An errno, when what the request does to its volume is not acknowledged any more (R19). */
+static int refusal(const tb_req *req)
+{
+    return req->queue->volume ? (int)TB_LOAD(&req->queue->volume->refused) : 0;
+}
+
 /* The door has set op and fua, block, offset and length or start and end, data and direct. */
 void tb_begin(tb_req *req)
 {
@@ -11,6 +17,10 @@ void tb_begin(tb_req *req)
     req->slot = req->since_ms = 0;
     req->began = req->queue->now;
     TB_COUNT(&req->queue->stats.active, 1);
+    if (req->op != TB_OP_READ && refusal(req)) {
+        tb_finish(req);
+        return;
+    }
     switch (req->op) {
     case TB_OP_READ:
         req->phase = AT_READ;
@@ -128,6 +138,8 @@ void tb_finish(tb_req *req)
         return;
     }
     TB_COUNT(&stats->requests, 1);
+    if (req->op != TB_OP_READ && req->result >= 0)
+        req->result = -refusal(req);
     if (req->result < 0)
         TB_COUNT(&stats->errors, 1);
     else

@@ -52,7 +52,7 @@ static bool write_into(const tb_req *req, const uint8_t *from, uint32_t length, 
  * filler calls this too, for a request that is parked with it. */
 void tb_put(tb_req *req, uint16_t pages, const uint8_t *block_bytes)
 {
-    uint16_t put = pages & req->need & req->of_base, mask = put;
+    uint16_t put = pages & req->need & req->of_layer, mask = put;
     while (mask) {
         uint32_t first, last, start, end;
         next_run(&mask, &first, &last);
@@ -161,8 +161,8 @@ static void unpin(tb_layer *layer, uint64_t block)
     tb_hand_back_all(awake, 0);
 }
 
-/* False: the request has failed. A page that the volume has and nobody can give is in a row of the index that was damaged (R9):
- * never the base's, which is older. */
+/* False: the request is parked or has failed. A page that the volume has and that is nowhere here is in the store; without one it is
+ * in a row of the index that was damaged (R9): never the base's, which is older. */
 static bool look_in_volume(tb_req *req, tb_layer *volume, sources *from)
 {
     if (!tb_map_has(volume, req->block))
@@ -176,12 +176,23 @@ static bool look_in_volume(tb_req *req, tb_layer *volume, sources *from)
         tb_lock_give(stripe);
         return false;
     }
-    bool lost = req->need & head.present & (uint16_t)~(head.cached | head.zero);
+    uint16_t missing = req->need & tb_missing(volume, req->block, head);
+    bool lost = missing && !volume->is_write_back;
+    if (__builtin_expect(head.flags & TB_ENTRY_MARKED, 0))
+        tb_touched(volume, req->block);
+    if (missing && !lost) {
+        req->of_layer = missing;
+        tb_park(req, volume, stripe, missing);
+        return false;
+    }
     from->in_volume = lost ? 0 : req->need & head.cached;
     from->zero = req->need & head.zero;
     from->volume_slot = head.slot;
-    if (from->in_volume)
+    if (from->in_volume) {
         entry->readers++; /* R2: the slot stays while it is read */
+        if (volume->is_write_back)
+            note_hit(volume->engine, entry);
+    }
     tb_lock_give(stripe);
     req->pinned = from->in_volume ? PIN_VOLUME : 0;
     if (lost)
@@ -231,7 +242,7 @@ static bool look_in_base(tb_req *req, tb_layer *base, uint16_t rest, sources *fr
         }
     }
     if (missing) {
-        req->of_base = rest;
+        req->of_layer = rest;
         tb_park(req, base, stripe, missing);
         return false;
     }
@@ -280,30 +291,6 @@ void tb_serve(tb_req *req)
     }
 }
 
-/* The SSD failed to give a clean block back: its pages are not cached any more, and the slot is lost to everybody as
- * soon as nothing uses it. The remote still has the bytes, so the reader goes there (DESIGN 9). */
-static void forget_block(tb_layer *layer, tb_entry *entry, uint64_t block)
-{
-    tb_engine *engine = layer->engine;
-    tb_head head = entry->head;
-    TB_ADD(&layer->cached_pages, -(uint64_t)__builtin_popcount(head.cached));
-    if (head.flags & TB_ENTRY_PROBATION)
-        TB_ADD(&engine->probation, -1u);
-    head.cached = head.flags = 0;
-    uint32_t slot = head.slot;
-    bool loses = slot && !entry->readers && !entry->writers && !entry->fill;
-    if (loses)
-        head.slot = 0;
-    tb_entry_store(entry, head);
-    tb_map_mark(layer, block);
-    if (!loses)
-        return;
-    if (tb_slot_may_condemn(engine))
-        tb_slot_condemn(engine, slot);
-    else
-        tb_slot_quarantine(engine, slot);
-}
-
 /* What slot_failed remembers of a request's slot reads until the last of them is over. */
 enum { AGAIN = 1, BAD_SLOT = 2, BY_BUFFER = 4, BAD_VOLUME = 8 };
 
@@ -313,8 +300,11 @@ static bool last_done(tb_req *req)
     if (--req->inflight)
         return false;
     tb_queue *queue = req->queue;
-    if (req->pinned & PIN_VOLUME)
+    if (req->pinned & PIN_VOLUME) {
+        if (req->slot_failed & BAD_VOLUME && tb_forget_of_volume(queue->volume, req->block))
+            req->slot_failed ^= BAD_VOLUME | BAD_SLOT;
         unpin(queue->volume, req->block);
+    }
     if (req->pinned & PIN_BASE) {
         tb_layer *layer = queue->base;
         tb_entry *entry = &layer->entries[req->block];
@@ -322,7 +312,7 @@ static bool last_done(tb_req *req)
         tb_lock_take(stripe);
         entry->readers--;
         if (req->slot_failed & BAD_SLOT && !entry->head.dirty)
-            forget_block(layer, entry, req->block);
+            tb_forget_block(layer, entry, req->block);
         tb_lock_give(stripe);
     }
     req->pinned = 0;

@@ -87,11 +87,13 @@ int tb_slots_quarantine(tb_engine *e, uint32_t slot)
 /* Up to `want` neighbouring free slots, the first of them returned, 0 when there is none; the caller owns them until each
  * is given back, owned by a block, or condemned. The search begins behind the last one taken, so that what is fetched
  * together lies together, and takes the longest run that it meets within a few hundred words of the bitmap. */
-uint32_t tb_slot_take_run(tb_engine *e, uint32_t want, uint32_t *got)
+uint32_t tb_slot_take_run(tb_engine *e, uint32_t want, bool may_take_reserve, uint32_t *got)
 {
     uint32_t best = 0, best_length = 0, slot = e->hint, looked = 0;
     tb_lock_take(&e->slot_lock);
-    uint32_t most = e->free_count ? e->slot_count + 64 : 0; /* all of them if need be: one is free */
+    uint32_t reserve = may_take_reserve ? 0 : TB_LOAD(&e->reserve), room = e->free_count > reserve ? e->free_count - reserve : 0;
+    uint32_t most = room ? e->slot_count + 64 : 0; /* all of them if need be: one is free */
+    want = want < room ? want : room;
     while (best_length < want && looked < most && !(best_length && looked > 16384)) {
         if (slot >= e->slot_count) {
             slot = 0;
@@ -127,8 +129,14 @@ uint32_t tb_slot_take_run(tb_engine *e, uint32_t want, uint32_t *got)
 
 uint32_t tb_slot_take_for_write(tb_engine *e)
 {
-    uint32_t got = 0, slot = tb_slot_take_run(e, 1, &got);
+    uint32_t got = 0, slot = tb_slot_take_run(e, 1, false, &got);
     return got ? slot : 0;
+}
+
+/* Whether a write may have one of the free slots. */
+bool tb_slot_for_all(const tb_engine *e)
+{
+    return TB_LOAD(&e->free_count) > TB_LOAD(&e->reserve);
 }
 
 /* Under the stripe lock: the slot that an entry is to lose because nothing of it is cached any more and nothing is in flight on
@@ -191,7 +199,7 @@ void tb_needy_wake(tb_engine *e, bool (*whom)(const tb_req *req), int result)
     if (!kept)
         return;
     /* Who freed slots while those were off the list has woken nobody, and who was told has looked in vain. */
-    if (TB_LOAD(&e->free_count)) {
+    if (tb_slot_for_all(e)) {
         tb_needy_wake(e, NULL, 0);
         return;
     }
@@ -309,11 +317,10 @@ static bool evict_slot(tb_engine *e, uint32_t slot, bool probation_only)
         } else if (!probation_only || head.flags & TB_ENTRY_PROBATION) {
             if (head.flags & TB_ENTRY_PROBATION)
                 TB_ADD(&e->probation, -1u);
-            TB_ADD(&layer->cached_pages, -(uint64_t)__builtin_popcount(head.cached));
             head.slot = 0;
             head.cached = 0;
             head.flags = 0;
-            tb_entry_store(entry, head);
+            tb_entry_change(layer, entry, head);
             tb_map_mark(layer, block);
             evicted = true;
         }

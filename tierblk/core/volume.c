@@ -35,7 +35,17 @@ bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own)
     return false;
 }
 
-/* Under the stripe lock: it comes back when a write of its block has ended, or moved it. */
+/* Under the stripe lock: pages of a block whose writes are on their way to the slot. */
+uint16_t tb_writes_in(const tb_layer *volume, uint64_t block)
+{
+    uint16_t pages = 0;
+    for (const tb_req *req = tb_stripe_of(volume, block)->writing; req; req = req->next_writing)
+        if (req->slot && req->block == block && req->queue->volume == volume)
+            pages |= req->writes;
+    return pages;
+}
+
+/* Under the stripe lock: it comes back when a write of its block has ended, or moved it, or a fill of it. */
 void tb_wait_in_block(tb_req *req)
 {
     tb_stripe_state *stripe = stripe_of(req);
@@ -215,7 +225,7 @@ void tb_wait_for_space(tb_req *req, tb_lock *stripe)
     }
     TB_COUNT(&req->queue->stats.space_waits, 1);
     tb_rouse(e);
-    if (TB_LOAD(&e->free_count)) /* freed since it looked: whoever freed them may have woken nobody */
+    if (tb_slot_for_all(e)) /* freed since it looked: whoever freed them may have woken nobody */
         tb_needy_wake(e, NULL, 0);
     else if (tb_need_space(e))
         tb_ring_kick(&e->events);
@@ -257,6 +267,12 @@ void tb_write_lookup(tb_req *req)
         tb_lock_give(stripe);
         return;
     }
+    uint16_t filling = tb_filling(volume, entry);
+    if (filling & pages || (filling && !head.slot)) { /* R5: for the SSD, and never for the network */
+        tb_wait_in_block(req);
+        tb_lock_give(stripe);
+        return;
+    }
     if (req->moves && !(head.flags & TB_ENTRY_SEALED)) {
         tb_move_end(req, entry, stripe);
         return;
@@ -282,7 +298,8 @@ void tb_write_lookup(tb_req *req)
     head.dirty |= req->clean;
     tb_epoch_freshen(volume, &head, pages);
     entry->writers++;
-    tb_entry_store(entry, head);
+    entry->overtaken |= pages; /* a fill that runs leaves them alone (R5) */
+    tb_entry_change(volume, entry, head);
     if (req->clean)
         tb_map_mark(volume, req->block);
     req->slot = head.slot;
@@ -292,8 +309,8 @@ void tb_write_lookup(tb_req *req)
     submit(req);
 }
 
-/* The masks of a write that has ended, under the stripe lock; true: its row has changed. */
-static bool settle(tb_layer *volume, tb_head *head, uint16_t pages, uint16_t clean, bool ok)
+/* The masks of a write that has ended; true: its row has changed. */
+static bool settle(tb_head *head, uint16_t pages, uint16_t clean, bool ok)
 {
     tb_head before = *head;
     if (ok) {
@@ -306,7 +323,6 @@ static bool settle(tb_layer *volume, tb_head *head, uint16_t pages, uint16_t cle
         head->cached &= (uint16_t)~clean;
         head->dirty &= (uint16_t)~clean;
     }
-    TB_ADD(&volume->cached_pages, (uint64_t)__builtin_popcount(head->cached) - (uint64_t)__builtin_popcount(before.cached));
     return memcmp(&before, head, sizeof before) != 0;
 }
 
@@ -330,10 +346,10 @@ static void over(tb_req *req, int result, uint32_t expected)
     tb_lock_take(stripe);
     tb_entry *entry = &volume->entries[req->block];
     tb_head head = entry->head;
-    bool changed = settle(volume, &head, touched(req), req->clean, ok);
+    bool changed = settle(&head, touched(req), req->clean, ok);
     entry->writers--;
     uint32_t dropped = tb_entry_drop_slot(volume, entry, &head);
-    tb_entry_store(entry, head);
+    tb_entry_change(volume, entry, head);
     if (changed)
         tb_map_mark(volume, req->block);
     if (dropped)

@@ -192,7 +192,7 @@ void tb_tell_misses(tb_queue *queue)
         tb_lock *stripe = tb_stripe(fill->layer, fill->block);
         tb_lock_take(stripe);
         tb_head head = fill->layer->entries[fill->block].head;
-        uint16_t missing = tb_valid_pages(fill->layer, fill->block) & (uint16_t)~(head.cached | head.zero);
+        uint16_t missing = tb_missing(fill->layer, fill->block, head);
         /* ahead: everybody has left again. Said under the lock, so before whatever else is said of this fill. */
         tb_say(e, (tb_record){.kind = TB_EV_MISS, .layer = fill->layer->id, .token = fill->token, .block = fill->block,
                               .value = missing, .result = fill->ahead, .pages = fill->want});
@@ -235,8 +235,8 @@ static bool may_say_left(const tb_engine *e)
     return TB_LOAD(&e->events.tail) - __atomic_load_n(&e->events.head, __ATOMIC_RELAXED) < TB_RING_RECORDS / 8;
 }
 
-/* Takes those off a fill's list whom `leaves` names, and hands them back with its result. Returns how many. */
-static uint32_t part(tb_engine *e, tb_fill *fill, parting leaves)
+/* Takes those off a fill's list whom `leaves` names, and hands them back with its result, counted in *counter before. */
+static void part(tb_engine *e, tb_fill *fill, parting leaves, uint64_t *counter)
 {
     tb_req *gone = NULL, **gone_end = &gone;
     tb_lock *stripe = tb_stripe(fill->layer, fill->block);
@@ -254,6 +254,8 @@ static uint32_t part(tb_engine *e, tb_fill *fill, parting leaves)
         req->result = result;
         *gone_end = req;
         gone_end = &req->next;
+        if (counter)
+            TB_COUNT(counter, 1);
     }
     fill->parked_end = link;
     bool left = gone && !fill->parked && !fill->ahead && TB_LOAD(&fill->state) == FILL_ASKED && may_say_left(e);
@@ -263,23 +265,19 @@ static uint32_t part(tb_engine *e, tb_fill *fill, parting leaves)
     tb_lock_give(stripe);
     if (left && told)
         tb_say(e, (tb_record){.kind = TB_EV_LEFT, .layer = fill->layer->id, .token = fill->token, .block = fill->block});
-    uint32_t count = 0;
     while (gone) {
         tb_req *req = gone;
         gone = req->next;
         tb_queue_hand_back(req);
-        count++;
     }
-    return count;
 }
 
-static uint32_t part_everywhere(tb_engine *e, parting leaves)
+static void part_everywhere(tb_engine *e, parting leaves, uint64_t *counter)
 {
-    uint32_t used = __atomic_load_n(&e->fills_used, __ATOMIC_ACQUIRE), count = 0;
+    uint32_t used = __atomic_load_n(&e->fills_used, __ATOMIC_ACQUIRE);
     for (uint32_t i = 0; i < used; i++)
         if (__atomic_load_n(&e->fills[i].state, __ATOMIC_ACQUIRE) != FILL_FREE)
-            count += part(e, &e->fills[i], leaves);
-    return count;
+            part(e, &e->fills[i], leaves, counter);
 }
 
 static bool door_drains(const tb_req *req)
@@ -297,9 +295,10 @@ static bool door_leaves(const tb_req *req, const tb_fill *fill, uint32_t now_ms,
 /* Filler: ends every parked request of a draining or leaving door. Their fills go on, others may wait for the blocks. */
 void tb_free_leavers(tb_engine *e)
 {
-    part_everywhere(e, door_leaves);
+    part_everywhere(e, door_leaves, NULL);
     tb_feed(e, true);
     tb_needy_wake(e, door_drains, -EIO);
+    tb_far_leave(e);
 }
 
 static bool patience_ends(const tb_req *req, const tb_fill *fill, uint32_t now_ms, int *result)
@@ -323,7 +322,7 @@ void tb_give_up(tb_engine *e, tb_fill *fill, int result)
     tb_lock_take(stripe);
     fill->gave_up = result < 0 ? result : -EIO;
     tb_lock_give(stripe);
-    part(e, fill, is_fail_fast);
+    part(e, fill, is_fail_fast, NULL);
 }
 
 /* The event loop has answered nothing for too long although requests wait. It cannot be mended from here; with the
@@ -348,8 +347,7 @@ void tb_tick(tb_engine *e)
         __atomic_store_n(&e->beat_ms, e->now_ms, __ATOMIC_RELAXED);
     e->tick_ms = e->now_ms;
     if (TB_LOAD(&e->impatient)) {
-        uint32_t count = part_everywhere(e, patience_ends);
-        TB_COUNT(&e->stats.expired, count);
+        part_everywhere(e, patience_ends, &e->stats.expired);
         tb_feed(e, true);
     }
     tb_write_flush(e, 4 * TB_TICK_MS);

@@ -76,10 +76,10 @@ static void write_pages(tb_engine *e, tb_fill *fill)
     }
 }
 
-/* Whether it can be part of a run: all of its block, for a slot of its own. */
+/* Whether it can be part of a run: all of its block, for a slot of its own. A volume's is written at once: writes may wait for it. */
 static bool may_join(const tb_fill *fill)
 {
-    return !fill->slot && fill->writing == (uint16_t)((1u << TB_BLOCK_PAGES) - 1);
+    return !fill->slot && !fill->layer->is_volume && fill->writing == (uint16_t)((1u << TB_BLOCK_PAGES) - 1);
 }
 
 /* How many of the pending fills from `fill` on, `most` at most, lie in staging memory one behind the other, as one write
@@ -98,7 +98,7 @@ static bool write_alone(tb_engine *e)
     tb_fill *fill = e->pending;
     uint32_t got;
     if (!fill->slot && !TB_LOAD(&e->needy_count)) { /* a write that waits for a slot comes first: whoever reads needs none */
-        fill->slot = tb_slot_take_run(e, 1, &got);
+        fill->slot = tb_slot_take_run(e, 1, false, &got);
         fill->new_slot = fill->slot != 0;
         tb_want_space(e);
     }
@@ -118,7 +118,7 @@ static bool write_first(tb_engine *e, uint32_t most)
         return write_alone(e);
     uint32_t got = 0, slot = 0;
     if (!TB_LOAD(&e->needy_count))
-        slot = tb_slot_take_run(e, neighbours(e->pending, most < TB_RUN_BLOCKS ? most : TB_RUN_BLOCKS), &got);
+        slot = tb_slot_take_run(e, neighbours(e->pending, most < TB_RUN_BLOCKS ? most : TB_RUN_BLOCKS), false, &got);
     tb_want_space(e);
     if (!slot)
         return false;
