@@ -40,7 +40,7 @@ from tierblk.core import (
     Record,
 )
 from tierblk.errors import RemoteUnavailable, TierblkError
-from tierblk.layer import Base
+from tierblk.layer import Filled
 from tierblk.readahead import Ahead, Streams
 from tierblk.remote import Priority
 from tierblk.staging import StagingPool
@@ -68,7 +68,7 @@ class Fills:
     """Everything between MISS and FILLED. All of it runs on the event loop."""
 
     def __init__(
-        self, engine: Engine, bases: Mapping[int, Base], max_window_blocks: int, *, readahead: bool = True
+        self, engine: Engine, bases: Mapping[int, Filled], max_window_blocks: int, *, readahead: bool = True
     ) -> None:
         """bases: by layer id, kept current by the owner."""
         self._engine = engine
@@ -77,7 +77,7 @@ class Fills:
         self._max_window_blocks = max(1, min(max_window_blocks, self._pool.ahead_blocks))
         share = min(self._pool.blocks // _STREAMS_MAX_SHARE, engine.slot_count // _CACHE_SHARE)
         self._ahead_blocks = min(self._max_window_blocks, share) if readahead else 0
-        self._streams: dict[int, tuple[Base, Streams]] = {}  # by layer id
+        self._streams: dict[int, tuple[Filled, Streams]] = {}  # by layer id
         self._asked: list[Record] = []  # misses that are not planned yet
         self._windows: dict[int, Window | None] = {}  # by token; None: not planned, or refused
         self._tasks: dict[asyncio.Task[None], Window] = {}
@@ -280,7 +280,7 @@ class Fills:
                 continue
             streams = self._streams_of(base)
             needs = [Need(e.block, e.token, e.pages, e.value, ahead=e.result == 1) for e in events]
-            windows, ahead = plan(needs, streams, self._max_window_blocks, base.image.size_bytes)
+            windows, ahead = plan(needs, streams, self._max_window_blocks, base.size_bytes)
             for window_of in windows:
                 self._start(Window(base, window_of))
             for next_window in ahead:
@@ -289,7 +289,7 @@ class Fills:
     def _refuse(self, events: Sequence[Record]) -> None:
         self._engine.push(Record(FAIL, token=event.token, result=-EIO) for event in events)
 
-    def _streams_of(self, base: Base) -> Streams:
+    def _streams_of(self, base: Filled) -> Streams:
         found = self._streams.get(base.layer.layer_id)
         if found is None or found[0] is not base:
             found = (base, Streams(base.layer.blocks, self._ahead_blocks))

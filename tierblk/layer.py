@@ -54,17 +54,20 @@ class Stack:
         return ", ".join(parts)
 
 
-class Base:
-    """An open base layer. All devices that show the same image share one, and so fetch and store it once."""
+class Filled:
+    """A layer whose blocks are fetched, and who waits for them."""
 
-    def __init__(self, layer: Layer, image: RawImage, fetcher: Fetcher) -> None:
+    def __init__(self, layer: Layer, fetcher: Fetcher) -> None:
         self.layer = layer
-        self.image = image
         self.fetcher = fetcher
         self.patiences: dict[str, float] = {}
         """Who uses it, by name of device, and how long its reads may wait for the remote, in seconds."""
         self.trouble: TierblkError | None = None
         """Why the last fetch failed, when the last one did."""
+
+    @property
+    def size_bytes(self) -> int:
+        return self.layer.size_bytes
 
     @property
     def patience_s(self) -> float:
@@ -82,13 +85,21 @@ class Base:
     def worked(self) -> None:
         """A fetch brought its bytes."""
         if self.trouble is not None:
-            log.warning("%s answers again", self.image.identity.shown)
+            log.warning("%s answers again", self.fetcher.source.identity.shown)
         self.trouble = None
 
     def health(self) -> Health:
         """How its remote does. "degraded": it does not answer; "refused": it gave a final answer, such as
         another version of the image. What is cached stays readable."""
         return self.fetcher.health()
+
+
+class Base(Filled):
+    """An open base layer. All devices that show the same image share one, and so fetch and store it once."""
+
+    def __init__(self, layer: Layer, image: RawImage, fetcher: Fetcher) -> None:
+        super().__init__(layer, fetcher)
+        self.image = image
 
     async def aclose(self) -> None:
         await self.image.source.aclose()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tierblk.core import PAGE_BYTES, PAGES_PER_BLOCK
-from tierblk.layer import Base
+from tierblk.layer import Filled
 from tierblk.readahead import Ahead, Streams, round_out
 from tierblk.remote import Priority, Ticket
 
@@ -39,7 +39,7 @@ class Window:
     """Pages that one fetch brings. `unfilled` are blocks that are not complete yet; `waited` those that
     somebody waits for, as far as the engine has told."""
 
-    def __init__(self, base: Base, span: Span) -> None:
+    def __init__(self, base: Filled, span: Span) -> None:
         self.base = base
         self.first_page, self.stop_page = span.first_page, span.stop_page
         self.tokens = span.tokens
