@@ -12,6 +12,9 @@ come from; tokens: how those of OAuth are asked for.
 What a volume is in object storage, without any network: names (of its objects), birth (volume.json), record
 and epoch (what an epoch changes, as values and as bytes), extents (where every page is, made of pieces and
 ranges), checkpoint (all of that as bytes); packed is what the binary ones share.
+
+A volume in its stores: lineage (the stores of a clone and of its ancestors), history (its log, read and
+followed).
 """
 
 from tierblk.remote.fetcher import Fetcher, Health

@@ -56,6 +56,13 @@ class ExtentMap:
         other._take(self)
         return other
 
+    def become(self, other: ExtentMap) -> None:
+        """Have the content of another map, which nobody changes from then on: the two share it."""
+        self.head = other.head
+        self._rows, self._zeroes = other._rows, other._zeroes
+        self._objects, self._numbers, self._free = other._objects, other._numbers, other._free
+        self._live_bytes = other._live_bytes
+
     def fork(self, uuid: UUID) -> ExtentMap:
         """What a clone begins with: this map, for a volume of another uuid, whose next epoch is one more."""
         other = self.copy()

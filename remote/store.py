@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from tierblk.errors import RemoteRefused, TierblkError
 
@@ -23,6 +23,7 @@ PROOF_RACERS = 8
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}(/[a-z0-9_-][a-z0-9._-]{0,199}){0,3}", re.ASCII)
 
 Bytes = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -77,18 +78,25 @@ def check_name(name: str) -> None:
         raise ValueError(f"{name!r:.200} is no name of an object")
 
 
+async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What they return, run at once, in their order. When one raises, or this is cancelled, the others are
+    cancelled and have ended before this raises; of several errors the first."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except BaseExceptionGroup as failures:
+        raise _first(failures) from None
+    return [task.result() for task in tasks]
+
+
 async def prove(store: Store) -> None:
     """Of several that create the same name at once the store tells one that it did, and keeps that one's
     bytes. RemoteRefused when not: it cannot keep two writers apart."""
     name = f"proof/{os.urandom(16).hex()}"
     bodies = [os.urandom(32) for _ in range(PROOF_RACERS)]
+    made = await all_of(store.create(name, [body]) for body in bodies)
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(store.create(name, [body])) for body in bodies]
-    except BaseExceptionGroup as failures:
-        raise _first(failures) from None
-    try:
-        winners = [body for task, body in zip(tasks, bodies, strict=True) if task.result()]
+        winners = [body for was_made, body in zip(made, bodies, strict=True) if was_made]
         kept = await store.read(name, 1024)
     finally:
         with suppress(TierblkError):  # it is in nobody's way

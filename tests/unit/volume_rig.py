@@ -64,6 +64,7 @@ class Volume:
     objects: dict[str, bytes] = field(default_factory=dict)
     maps: list[ExtentMap] = field(default_factory=list)
     attempts: int = 0
+    inherited: list[ExtentMap] = field(default_factory=list)  # of a clone: those before it
 
     def __post_init__(self) -> None:
         self.objects["volume.json"] = birth.encode(self.birth)
@@ -121,7 +122,7 @@ class Volume:
         """Put a record among the objects, and apply what its bytes say."""
         name, encoded = f"epoch/{record.epoch:016x}", epoch.encode(record)
         self.objects[name] = encoded
-        by_epoch = {extents.head.epoch: extents for extents in self.maps}
+        by_epoch = {extents.head.epoch: extents for extents in (*self.inherited, *self.maps)}
         after = self.map.copy()
         back = by_epoch[record.rolled_back_to] if record.rolled_back_to else None
         after.apply(epoch.decode(encoded, name=name), epoch.hash_of(encoded), rolled_back=back)
@@ -133,12 +134,13 @@ class Volume:
         self.objects[name] = checkpoint.encode(self.map)
         return name
 
-    def clone(self, uuid: UUID) -> Volume:
-        """A clone as of now, among the same objects but for its volume.json."""
+    def clone(self, uuid: UUID, url: str = "s3://bucket/parent") -> Volume:
+        """A clone as of now, among the same objects but for its volume.json. url: of this one."""
         head = self.map.head
-        parent = birth.Parent(self.birth.uuid, "s3://bucket/parent", head.epoch)
+        parent = birth.Parent(self.birth.uuid, url, head.epoch)
         born = replace(self.birth, uuid=uuid, size_bytes=head.size_bytes, parent=parent)
-        return Volume(born, dict(self.objects), [self.map.fork(uuid)], self.attempts)
+        before = [*self.inherited, *self.maps]
+        return Volume(born, dict(self.objects), [self.map.fork(uuid)], self.attempts, before)
 
 
 @dataclass
