@@ -14,7 +14,7 @@ and epoch (what an epoch changes, as values and as bytes), extents (where every 
 ranges), checkpoint (all of that as bytes); packed is what the binary ones share.
 
 A volume in its stores: lineage (the stores of a clone and of its ancestors), history (its log, read and
-followed).
+followed), stored (its pages, as a source).
 """
 
 from tierblk.remote.fetcher import Fetcher, Health

@@ -49,14 +49,16 @@ async def put(volume: Volume, store: Store) -> None:
 
 
 class Watched:
-    """A store that notes what is read of another one; `before` runs before each read of an object, and may
-    answer in its place."""
+    """A store that notes what is read of another one. before: runs before each read of an object, and may
+    raise in its place."""
 
     def __init__(self, store: Store) -> None:
         self.inner = store
         self.asked: list[str] = []
         self.limits_bytes: list[int] = []
         self.ranges: list[tuple[str, int, int]] = []
+        self.owners: list[object] = []
+        """Whose memory the ranges were read into."""
         self.running = 0
         self.most_running = 0
         self.is_closed = False
@@ -89,6 +91,7 @@ class Watched:
 
     async def read_into(self, name: str, offset_bytes: int, buffer: memoryview) -> None:
         self.ranges.append((name, offset_bytes, len(buffer)))
+        self.owners.append(buffer.obj)
         await self._begin(name)
         try:
             await self.inner.read_into(name, offset_bytes, buffer)
