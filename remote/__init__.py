@@ -4,17 +4,17 @@ source: what can be read, and how it is opened. http, client, direct, answer: HT
 image: how blocks lie in a source. fetcher: all traffic to a source, made of pace (limits, whose turn it is),
 race (one try, with a second request beside it), hedge (when it is worth one), retry, and outage.
 
-store: what volumes are written to. directory: one in a local folder. bucket: what those behind HTTP share,
-with exchange (one request) and listing (the XML in answers). s3, gs, az: how each vendor is asked, with
-sigv4 and sharedkey, which sign. wallet: credentials and their renewal; credentials, google, azure: where they
-come from; tokens: how those of OAuth are asked for.
+store: what volumes are written to. stores: which one an address opens. directory: one in a local folder.
+bucket: what those behind HTTP share, with exchange (one request) and listing (the XML in answers). s3, gs and
+az: how each vendor is asked, with sigv4 and sharedkey, which sign. wallet: credentials and their renewal;
+credentials, google, azure: where they come from; tokens: how those of OAuth are asked for.
 
 What a volume is in object storage, without any network: names (of its objects), birth (volume.json), record
 and epoch (what an epoch changes, as values and as bytes), extents (where every page is, made of pieces and
 ranges), checkpoint (all of that as bytes); packed is what the binary ones share.
 
-A volume in its stores: lineage (the stores of a clone and of its ancestors), history (its log, read and
-followed), stored (its pages, as a source).
+A volume in its stores: lineage (those of a clone and of its ancestors), history (its log, read and followed),
+stored (its pages, as a source).
 """
 
 from tierblk.remote.fetcher import Fetcher, Health

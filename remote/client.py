@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Session = aiohttp.ClientSession
+"""For those who hand one on and need not know whose it is."""
+
 IDLE_CONNECTION_S = 55.0  # below the 60 s after which servers and middle boxes like to forget one
 READ_BUFFER_BYTES = 256 * 1024  # of the ordinary way only
 

@@ -23,9 +23,11 @@ from pydantic import (
     Field,
     PlainSerializer,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
 )
 
 from tierblk import address, values
@@ -42,6 +44,17 @@ from tierblk.units import (
 )
 
 FILE_BYTES_MAX = 1 * MIB
+WRITE_BACK = "write-back"
+WRITE_BACK_KEYS = (
+    "url",
+    "epoch_interval",
+    "epoch_size",
+    "max_dirty",
+    "durability",
+    "upload_requests",
+    "upload_bandwidth",
+    "compression",
+)
 # repr of a float is exact, so that the daemon reads back what the command line read.
 Seconds = Annotated[float, PlainSerializer(lambda seconds: f"{seconds!r}s")]
 Patience = Annotated[float, BeforeValidator(values.patience), PlainSerializer(values.show_patience)]
@@ -73,10 +86,45 @@ class BaseSettings(Settings):
 
 
 class VolumeSettings(Settings):
-    """[volume]: what is written to the device, over the image or over nothing."""
+    """[volume]: what is written to the device, over the image or over nothing.
 
-    mode: Literal["scratch", "local"]
+    The keys behind `size` are those of mode "write-back", and mean nothing in the others; `url` is not None
+    in that one.
+    """
+
+    mode: Literal["scratch", "local", "write-back"]
     size: Annotated[int | None, values.size(1 * MIB, 8 * PIB, 512)] = None
+    url: Annotated[str | None, BeforeValidator(values.store_url)] = None
+    epoch_interval: Annotated[Seconds, values.duration(0.1, 3600)] = 5.0
+    epoch_size: Annotated[int, values.size(1 * MIB, 1 * GIB)] = 64 * MIB
+    max_dirty: Annotated[int | None, values.size(1 * MIB, 128 * TIB)] = None
+    durability: Literal["local", "remote"] = "local"
+    upload_requests: Annotated[int, values.integer(1, 64)] = 4
+    upload_bandwidth: Annotated[int | None, values.size(64 * KIB, 1 * TIB)] = None
+    compression: Literal["none", "zstd"] = "none"
+
+    @field_validator(*WRITE_BACK_KEYS, mode="before")
+    @classmethod
+    def _only_of_write_back(cls, value: object, info: ValidationInfo) -> object:
+        if info.data.get("mode", WRITE_BACK) != WRITE_BACK:  # a mode that is none has an error of its own
+            raise ValueError(f'is a key of mode = "{WRITE_BACK}" only, and this is "{info.data["mode"]}"')
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_others_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that what is read back is right too."""
+        hidden = () if self.mode == WRITE_BACK else WRITE_BACK_KEYS
+        return {key: value for key, value in serialize(self).items() if key not in hidden}
+
+
+class StoreSettings(Settings):
+    """[store]: how the store of a volume is reached. Of file:// nothing has to be known; region, addressing
+    and profile are of s3:// only."""
+
+    region: Annotated[str, BeforeValidator(values.word)] = "us-east-1"
+    endpoint: Annotated[str | None, BeforeValidator(values.endpoint)] = None
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    profile: Annotated[str | None, BeforeValidator(values.word)] = None
 
 
 class CacheSettings(Settings):
@@ -141,6 +189,7 @@ class Config(Settings):
     volume: VolumeSettings | None = None
     cache: CacheSettings
     remote: RemoteSettings = Field(default_factory=RemoteSettings)
+    store: StoreSettings = Field(default_factory=StoreSettings)
     daemon: DaemonSettings = Field(default_factory=DaemonSettings)
 
     _path: Path = PrivateAttr(default=Path("/"))
@@ -181,11 +230,13 @@ def load(path: str | os.PathLike[str]) -> Config:
 
 def parse(document: Mapping[str, Any], path: Path) -> Config:
     """The settings of a TOML document that is already read; path is what messages call it. ConfigError."""
-    faults = set(_nothing_to_show(document))
+    faults = {*_nothing_to_show(document), *_nowhere_to_write(document)}
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
         faults.update(_faults(error))
+    else:
+        faults.update(_too_much_dirty(config))
     if len(faults) == 1:
         raise ConfigError(f"{path}: {faults.pop()}")
     if faults:
@@ -278,10 +329,26 @@ def _key(loc: Iterable[int | str]) -> str:
 def _nothing_to_show(document: Mapping[str, Any]) -> Iterable[str]:
     """A device has an image, or a volume whose size is known without one."""
     volume = document.get("volume")
-    if "base" not in document and volume is None:
+    if "base" in document:
+        return
+    if volume is None:
         yield "base.url: is required"
-    elif "base" not in document and isinstance(volume, dict) and "size" not in volume:
+    # What is in the store already has a size.
+    elif isinstance(volume, dict) and "size" not in volume and volume.get("mode") != WRITE_BACK:
         yield "volume.size: is required, since there is no [base] whose size it could be"
+
+
+def _nowhere_to_write(document: Mapping[str, Any]) -> Iterable[str]:
+    volume = document.get("volume")
+    if isinstance(volume, dict) and volume.get("mode") == WRITE_BACK and "url" not in volume:
+        yield f'volume.url: is required with mode = "{WRITE_BACK}"'
+
+
+def _too_much_dirty(config: Config) -> Iterable[str]:
+    most = config.volume.max_dirty if config.volume else None
+    if most is not None and most > config.cache.size:
+        sizes = [format_exact_size(size) for size in (config.cache.size, most)]
+        yield f"volume.max_dirty: must not be above cache.size ({sizes[0]}), is {sizes[1]}"
 
 
 def _model(loc: Iterable[int | str]) -> type[BaseModel]:

@@ -10,9 +10,9 @@ from concurrent.futures import Executor
 from tierblk import partition
 from tierblk.bases import Bases
 from tierblk.cache import Cache, StartMode
-from tierblk.config import Config
+from tierblk.config import WRITE_BACK, Config
 from tierblk.core import LocalDoor
-from tierblk.errors import CacheError, DeviceError
+from tierblk.errors import CacheError, ConfigError, DeviceError
 from tierblk.layer import Stack, Volume
 from tierblk.remote import Identity
 
@@ -43,6 +43,12 @@ class Stacks:
         TierblkError."""
         name = config.device.name
         wanted, known = config.volume, None
+        if wanted is not None and wanted.mode == WRITE_BACK:
+            # As any other volume it would be local, and its user would rely on a copy that is nowhere.
+            raise ConfigError(
+                f"{name} cannot be attached: volumes in object storage are not served yet",
+                'volume.mode = "local" keeps what is written on this machine',
+            )
         if wanted is not None and goes_on and self._cache.start_mode not in (StartMode.WARM, StartMode.CLEAN):
             raise DeviceError(
                 f"what is on {name} may be older than what its users saw: the cache's block maps are lost",

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BeforeValidator
 
@@ -171,30 +171,78 @@ def absolute_path(value: object) -> Path:
 
 
 def url(value: object) -> str:
-    text = string(value)
-    shown = quoted(address.shown(text))
-    if re.search(r"[\x00-\x20\x7f]", text):
-        raise ValueError(f"must have no spaces or control characters (write %20 for a space), is {shown}")
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"is not a URL ({error}): {shown}") from None
+    """Of an image."""
+    text, shown, parts = _parts(value)
     if parts.scheme not in ("http", "https", "file"):
         raise ValueError(f"must begin with http://, https:// or file://, is {shown}")
     if parts.fragment:
         raise ValueError(f"must not have a fragment (#{parts.fragment[:20]})")
     if parts.scheme == "file":
-        if host not in (None, "localhost") or port is not None or not parts.path.startswith("/"):
-            raise ValueError(f"must be file:// and an absolute path (file:///srv/disk.raw), is {shown}")
-        return text
-    if not host:
+        return _file(text, shown, parts, "file:///srv/disk.raw")
+    if not parts.hostname:
         raise ValueError(f"must name a host, is {shown}")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
             "must not hold a user or password, which status and logs would show; "
             "put an Authorization line into [remote.headers]"
         )
+    return text
+
+
+def store_url(value: object) -> str:
+    """Of a volume in a store."""
+    text, shown, parts = _parts(value)
+    patterns = {"s3": "s3://BUCKET/PREFIX", "gs": "gs://BUCKET/PREFIX", "az": "az://ACCOUNT/CONTAINER/PREFIX"}
+    if parts.scheme not in (*patterns, "file"):
+        raise ValueError(f"must begin with s3://, gs://, az:// or file://, is {shown}")
+    if parts.query or parts.fragment:
+        raise ValueError(f"must have neither a query nor a fragment, is {shown}")
+    if parts.scheme == "file":
+        return _file(text, shown, parts, "file:///srv/volumes/web-1")
+    if "@" in parts.netloc:
+        raise ValueError(
+            "must not hold a user or password: credentials come from where the vendor's own tools look"
+        )
+    if not parts.netloc or (parts.scheme == "az" and not parts.path.strip("/")):
+        raise ValueError(f"must be {patterns[parts.scheme]}, is {shown}")
+    return text
+
+
+def endpoint(value: object) -> str:
+    """Of a store's server."""
+    text, shown, parts = _parts(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"must be http://HOST or https://HOST, with a port if it needs one, is {shown}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(f"must have no user, query or fragment, is {shown}")
+    return text
+
+
+def word(value: object) -> str:
+    """A name that others gave, in printable ASCII without spaces."""
+    text = string(value)
+    if not re.fullmatch(r"[\x21-\x7e]{1,200}", text):
+        raise ValueError(f"must be 1 to 200 printable characters without spaces, is {quoted(text)}")
+    return text
+
+
+def _parts(value: object) -> tuple[str, str, SplitResult]:
+    """(the address, the same for a message, its parts)."""
+    text = string(value)
+    shown = quoted(address.shown(text))
+    if re.search(r"[\x00-\x20\x7f]", text):
+        raise ValueError(f"must have no spaces or control characters (write %20 for a space), is {shown}")
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018  # raises for a port that is none
+    except ValueError as error:
+        raise ValueError(f"is not a URL ({error}): {shown}") from None
+    return text, shown, parts
+
+
+def _file(text: str, shown: str, parts: SplitResult, example: str) -> str:
+    if parts.hostname not in (None, "localhost") or parts.port is not None or not parts.path.startswith("/"):
+        raise ValueError(f"must be file:// and an absolute path ({example}), is {shown}")
     return text
 
 

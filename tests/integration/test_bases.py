@@ -10,15 +10,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from tests.faults import FaultServer
 from tests.faults.readpath import DEVICE, ReadPath, open_path, settings
+from tierblk import config
 from tierblk.bases import Bases
 from tierblk.cache import Cache
-from tierblk.errors import RemoteUnavailable
+from tierblk.errors import ConfigError, RemoteUnavailable
 from tierblk.layer import Stack
 from tierblk.partition import HEAD_BYTES
 from tierblk.stacks import Stacks
@@ -93,3 +94,14 @@ async def test_a_server_that_is_gone_after_the_head_is_an_error_at_the_speed_of_
         with pytest.raises(RemoteUnavailable, match="status 503"):
             await warning_of(path)
         await path.close()
+
+
+async def test_a_volume_in_object_storage_is_no_local_one() -> None:
+    document = {
+        "device": {"name": "web-1"},
+        "volume": {"mode": "write-back", "url": "s3://bucket/web-1"},
+        "cache": {"dir": "/c", "size": "16MiB"},
+    }
+    nothing = cast(Any, None)  # neither a cache nor a base is asked
+    with pytest.raises(ConfigError, match=r"web-1 cannot be attached: .* not served yet"):
+        await Stacks(nothing, nothing, nothing).open(config.parse(document, Path("/x.toml")), "user")

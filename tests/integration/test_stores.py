@@ -15,6 +15,7 @@ from tests.integration.model_az import AzModel
 from tests.integration.model_gs import GsModel
 from tests.integration.seaweed import CREDENTIALS, SeaweedServer
 from tests.integration.servers import remote_settings
+from tierblk.config import StoreSettings
 from tierblk.errors import ConfigError, RemoteRefused, RemoteUnavailable
 from tierblk.remote.az import AzSettings, AzStore
 from tierblk.remote.client import new_session
@@ -24,6 +25,7 @@ from tierblk.remote.s3 import S3Store
 from tierblk.remote.sharedkey import SharedKey
 from tierblk.remote.sigv4 import Credentials
 from tierblk.remote.store import Found, Store, prove
+from tierblk.remote.stores import open_store as open_any
 from tierblk.remote.wallet import FixedWallet, Token
 
 MIB = 1 << 20
@@ -267,6 +269,19 @@ async def test_wrong_credentials_are_renewed_once_and_then_refused(seaweed: Seaw
     with pytest.raises(RemoteRefused, match=r"403 SignatureDoesNotMatch") as refused:
         await store.read("volume.json", 10)
     assert wrong.secret_key not in f"{refused.value} {refused.value.hint} {wrong!r}"
+    await store.aclose()
+
+
+async def test_opened_by_its_address_with_credentials_of_the_environment(
+    seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", CREDENTIALS.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CREDENTIALS.secret_key)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    settings = StoreSettings.model_validate({"endpoint": seaweed.settings.endpoint})
+    store = await open_any(seaweed.url("opened"), settings, remote_settings())
+    assert await store.create("volume.json", [b"x"])
+    assert await store.read("volume.json", 10) == b"x"
     await store.aclose()
 
 

@@ -91,9 +91,99 @@ def test_a_device_shows_an_image_or_a_volume_or_both() -> None:
     assert faults(alone) == ["volume.size: is required, since there is no [base] whose size it could be"]
     del alone["volume"]
     assert faults(alone) == ["base.url: is required"]
-    assert faults(with_("volume", mode="write-back")) == [
-        'volume.mode: must be "scratch" or "local", is "write-back"'
+    assert faults(with_("volume", mode="write-through")) == [
+        'volume.mode: must be "scratch" or "local" or "write-back", is "write-through"'
     ]
+
+
+WRITE_BACK = {
+    "url": "s3://bucket/web-1",
+    "epoch_interval": "1s",
+    "epoch_size": "1MiB",
+    "max_dirty": "1GiB",
+    "durability": "remote",
+    "upload_requests": 64,
+    "upload_bandwidth": "64KiB",
+    "compression": "zstd",
+}
+
+
+def test_a_volume_in_a_store() -> None:
+    document = with_("volume", mode="write-back", url="s3://bucket/web-1")
+    del document["base"]
+    loaded = config.parse(document, HERE)
+    assert loaded.volume is not None
+    assert loaded.volume.model_dump() == {
+        "mode": "write-back",
+        "url": "s3://bucket/web-1",
+        "size": None,
+        "epoch_interval": "5.0s",
+        "epoch_size": 64 * 2**20,
+        "max_dirty": None,
+        "durability": "local",
+        "upload_requests": 4,
+        "upload_bandwidth": None,
+        "compression": "none",
+    }
+    assert loaded.store == config.StoreSettings.model_validate({"region": "us-east-1", "addressing": "auto"})
+    assert (loaded.store.endpoint, loaded.store.profile) == (None, None)
+    full = with_("volume", mode="write-back", size="1PiB", **WRITE_BACK)
+    full["store"] = {
+        "region": "eu",
+        "endpoint": "http://h:1/account",
+        "addressing": "path",
+        "profile": "me",
+    }
+    for each in (document, full):
+        loaded = config.parse(each, HERE)
+        assert config.parse(json.loads(json.dumps(loaded.to_document())), HERE) == loaded
+    assert loaded.volume is not None
+    assert (loaded.volume.epoch_interval, loaded.volume.max_dirty) == (1.0, 2**30)
+    assert faults(with_("volume", mode="write-back")) == ['volume.url: is required with mode = "write-back"']
+    assert faults(with_("volume", mode="write-back", url="file:///v", max_dirty="5GiB")) == [
+        "volume.max_dirty: must not be above cache.size (4GiB), is 5GiB"
+    ]
+
+
+@pytest.mark.parametrize("mode", ["local", "scratch"])
+@pytest.mark.parametrize("key", WRITE_BACK)
+def test_what_only_a_volume_in_a_store_has(mode: str, key: str) -> None:
+    assert set(WRITE_BACK) == set(config.WRITE_BACK_KEYS)
+    for value in (WRITE_BACK[key], "nonsense"):
+        assert faults(with_("volume", mode=mode, **{key: value})) == [
+            f'volume.{key}: is a key of mode = "write-back" only, and this is "{mode}"'
+        ]
+    document = config.parse(with_("volume", mode=mode, size="1GiB"), HERE).to_document()
+    assert document["volume"] == {"mode": mode, "size": 2**30}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("url", "http://a/x", "must begin with s3://, gs://, az:// or file://"),
+        ("url", "s3:///x", "must be s3://BUCKET/PREFIX"),
+        ("url", "az://account", "must be az://ACCOUNT/CONTAINER/PREFIX"),
+        ("url", "s3://key:secret@b/x", "must not hold a user or password"),
+        ("url", "gs://b/x?y", "must have neither a query nor a fragment"),
+        ("url", "file://host/x", "must be file:// and an absolute path"),
+        ("url", "s3://b/a b", "must have no spaces"),
+        ("epoch_interval", "99ms", "must be at least 100ms"),
+        ("epoch_interval", "2h", "must be at most 1h"),
+        ("epoch_size", "512KiB", "must be at least 1MiB"),
+        ("epoch_size", "2GiB", "must be at most 1GiB"),
+        ("max_dirty", "1KiB", "must be at least 1MiB"),
+        ("durability", "both", 'must be "local" or "remote"'),
+        ("upload_requests", 65, "must be at most 64"),
+        ("upload_requests", 0, "must be at least 1"),
+        ("upload_bandwidth", 1, "must be at least 64KiB"),
+        ("compression", "gzip", 'must be "none" or "zstd"'),
+    ],
+)
+def test_faults_of_a_volume_in_a_store(key: str, value: object, sentence: str) -> None:
+    (line,) = faults(with_("volume", **{"mode": "write-back", "url": "s3://b/x", key: value}))
+    assert line.startswith(f"volume.{key}: ")
+    assert sentence in line
+    assert "secret" not in line
 
 
 def test_it_cannot_be_changed() -> None:
@@ -119,7 +209,7 @@ def test_all_faults_at_once() -> None:
         "device.queue_dept: unknown key "
         "(known here: hot_memory, name, on_outage, plane, queue_depth, queues, recovery); "
         "did you mean queue_depth?",
-        "devices: unknown table or key (known here: base, cache, daemon, device, remote, volume); "
+        "devices: unknown table or key (known here: base, cache, daemon, device, remote, store, volume); "
         "did you mean device?",
         "remote: must be a table ([remote]), is 4 (an integer)",
     ]
@@ -174,6 +264,14 @@ def test_an_empty_document_names_all_that_is_required() -> None:
         ("cache", "commit_interval", "1ms", "must be at least 100ms, is 1ms"),
         ("remote", "max_window", "100KiB", "must be a multiple of 64KiB, is 100KiB"),
         ("remote", "max_window", "16MiB", "must be at most 8MiB, is 16MiB"),
+        ("store", "region", "eu west", "must be 1 to 200 printable characters without spaces"),
+        ("store", "region", 5, "must be a string"),
+        ("store", "profile", "", "must be 1 to 200 printable characters"),
+        ("store", "endpoint", "s3.example", "must be http://HOST or https://HOST"),
+        ("store", "endpoint", "http://", "must be http://HOST or https://HOST"),
+        ("store", "endpoint", "http://a:99999", "is not a URL"),
+        ("store", "endpoint", "https://user@host", "must have no user, query or fragment"),
+        ("store", "addressing", "host", 'must be "auto" or "path" or "virtual", is "host"'),
         ("remote", "ca_file", "ca.pem", "must be an absolute path"),
         ("remote", "headers", "X: y", "must be a table of strings"),
         ("remote", "headers", {"Range": "bytes=0-1"}, "Range is set by tierblk itself"),
