@@ -25,8 +25,9 @@ from tierblk import address
 from tierblk.cache import journal, start
 from tierblk.cache.commit import CommitReport, Committer
 from tierblk.cache.directory import Directory, open_directory
-from tierblk.cache.index import LAYER_ID_MAX, Index, LayerRecord, create_index, open_index
+from tierblk.cache.index import Index, create_index, open_index
 from tierblk.cache.invariants import LayerRows, SlotCounts, Violation, check
+from tierblk.cache.layers import LAYER_ID_MAX, LayerRecord
 from tierblk.cache.loading import Loaded, load, refuse_what_cannot_be_served
 from tierblk.cache.maps import Maps
 from tierblk.cache.resize import resize

@@ -4,6 +4,8 @@ lmdb.Error.
     meta     format u32, uuid 16 bytes, session u64, clean u8, journal u64        (little endian)
     layers   layer id u32 big endian -> JSON of a LayerRecord
     rows     layer id u32, row u64, both big endian -> 772 bytes, see rows.py
+    volumes  layer id u32 big endian -> where a volume in object storage stands
+    extents  layer id u32 big endian, key -> where such a volume has its pages; not looked into here
 
 One environment object per process, and nobody but py-lmdb may open it: a second copy of the library on the
 same files corrupts readers. The lock of the cache directory guarantees the one; that C has its own table, the
@@ -15,13 +17,12 @@ py-lmdb's verifier, which only reads bytes, and is opened only when every page t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from uuid import UUID
@@ -29,14 +30,22 @@ from uuid import UUID
 import lmdb
 from lmdb import verify
 
-from tierblk import address
 from tierblk.cache.filesystem import free_bytes, is_no_space
+from tierblk.cache.layers import LayerRecord, VolumeChange, decode_layer, encode_layer
+from tierblk.cache.room import (
+    GROW_BYTES,
+    RESERVE_BYTES,
+    VolumesLoad,
+    allocate,
+    load_of,
+    pages_added,
+    whole_steps,
+)
 from tierblk.cache.superblock import FORMAT_VERSION
 from tierblk.errors import CacheError
 from tierblk.units import format_size
 
 DATA_FILE = "data.mdb"
-LAYER_ID_MAX = 4095
 
 _U8, _U32, _U64 = struct.Struct("<B"), struct.Struct("<I"), struct.Struct("<Q")
 _ID = struct.Struct(">I")
@@ -46,16 +55,13 @@ _BEGIN_ANEW = "remove the cache directory to begin with an empty one"
 # The map is address space, not memory or disk: a page per slot, and more as soon as the tree needs it.
 _MAP_BYTES_LEAST = 1 << 30
 _MAP_BYTES_PER_SLOT = 4096
-# The file grows by fallocate before a transaction, so that a full disk is met here and not in the middle of a
-# commit: to what the transaction may need at most and a reserve, in whole steps. What it did not need is
-# given back afterwards.
-_GROW_BYTES = 1 << 20
-_RESERVE_BYTES = 512 << 10
-_OTHER_PAGES = 16
 
 _log = logging.getLogger(__name__)
 
 Rows = Mapping[int, Iterable[tuple[int, bytes]]]
+NO_VOLUMES: Mapping[int, VolumeChange] = {}
+_NO_LOAD = VolumesLoad()
+_EMPTIED = VolumeChange(b"", anew=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,52 +77,6 @@ class Meta:
     journaled: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRecord:
-    """A layer as the index knows it.
-
-    A base's identity is url, size and validator: another image is another layer. A volume, kind "local" or
-    "scratch", goes by its name; url, base_size_bytes and validator are those of the base that it lies over,
-    empty without one.
-    """
-
-    layer_id: int
-    kind: str
-    url: str
-    size_bytes: int
-    validator: str
-    used_unix_s: int
-    name: str = ""
-    base_size_bytes: int = 0
-
-    @property
-    def is_volume(self) -> bool:
-        return self.kind != "base"
-
-    @property
-    def shown(self) -> str:
-        """For people, without what is secret in an address."""
-        return f"the volume {self.name}" if self.is_volume else address.shown(self.url)
-
-    @property
-    def shown_base(self) -> str:
-        """What a volume lies over, for people."""
-        return address.shown(self.url) if self.url else "no base"
-
-    @property
-    def base(self) -> tuple[str, int, str] | None:
-        """(url, size_bytes, validator) of the base under a volume."""
-        return (self.url, self.base_size_bytes, self.validator) if self.is_volume and self.url else None
-
-    def has_identity(self, url: str, size_bytes: int, validator: str) -> bool:
-        """Whether it is the base layer of that image."""
-        return self.kind == "base" and (self.url, self.size_bytes, self.validator) == (
-            url,
-            size_bytes,
-            validator,
-        )
-
-
 def map_size_bytes(slot_count: int) -> int:
     """Address space for the index of a cache of that many slots."""
     return max(_MAP_BYTES_LEAST, slot_count * _MAP_BYTES_PER_SLOT)
@@ -130,6 +90,7 @@ def create_index(path: Path, uuid: UUID, slot_count: int) -> None:
         with index.changing(rows=0) as txn:
             txn.put(b"uuid", uuid.bytes, db=index.meta_db)
             index.put_session(txn, session=0, clean=True)
+        index.make_missing()
     finally:
         index.close()
 
@@ -163,11 +124,14 @@ def open_index(path: Path, uuid: UUID, slot_count: int, *, read_only: bool = Fal
 
 
 class Index:
-    """An open index. Methods block. Changes may come from any thread; reading belongs to the opening."""
+    """An open index. Methods block. Changes may come from any thread, and so may `volume_state` and
+    `extents`; all other reading belongs to the opening, when nothing is changed meanwhile."""
 
     def __init__(self, path: Path, slot_count: int, *, read_only: bool = False) -> None:
         self.path = path
         self._writing = Lock()  # also: the map grows only while no transaction runs
+        # Whoever reads beside changes has it to the end of its transaction: growing unmaps what it looks at.
+        self._reading = Lock()
         self.broken: str | None = None  # why no change is accepted any more
         self._map_full = False
         with self._translated("opened"):
@@ -188,13 +152,31 @@ class Index:
                 self.meta_db = self._env.open_db(b"meta")
                 self._layers_db = self._env.open_db(b"layers")
                 self._rows_db = self._env.open_db(b"rows")
+                self._volumes_db = self._existing(b"volumes")
+                self._extents_db = self._existing(b"extents")
         except CacheError:
             self._env.close()
             raise
 
+    def _existing(self, name: bytes) -> lmdb._Database | None:
+        """None: the index is of a version that had none, and of no session of this one."""
+        try:
+            return self._env.open_db(name, create=False)
+        except lmdb.NotFoundError:
+            return None
+
+    def make_missing(self) -> None:
+        """Makes the databases that older versions did not have. They are worth nothing to these, and no
+        harm."""
+        if self._volumes_db is None or self._extents_db is None:
+            with self.changing(rows=0) as txn:
+                made = [self._env.open_db(name, txn=txn) for name in (b"volumes", b"extents")]
+            self._volumes_db, self._extents_db = made  # of a transaction that failed they would be nothing
+
     def close(self) -> None:
-        """No method may be called afterwards."""
-        self._env.close()
+        """No change may be made afterwards, and reading is an error."""
+        with self._reading:
+            self._env.close()
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
@@ -218,8 +200,8 @@ class Index:
             raise CacheError(f"the cache's index {self.path} could not be {what}: {error}") from None
 
     @contextmanager
-    def changing(self, rows: int) -> Iterator[lmdb.Transaction[bytes]]:
-        """One synced transaction with room for that many rows: all of it or nothing.
+    def changing(self, rows: int, load: VolumesLoad = _NO_LOAD) -> Iterator[lmdb.Transaction[bytes]]:
+        """One synced transaction with room for that many rows and that load: all of it or nothing.
 
         What fails before the commit itself leaves the index usable. A commit that fails may have lost bytes
         that a later sync would not report again, so from then on every change is refused (R7).
@@ -227,7 +209,7 @@ class Index:
         with self._writing:
             if self.broken is not None:
                 raise CacheError(self.broken)
-            self._grow(rows)
+            self._grow(rows, load)
             with self._translated("changed"):
                 txn = self._env.begin(write=True)
             try:
@@ -252,31 +234,27 @@ class Index:
             )
             raise CacheError(self.broken) from None
 
-    def _room(self, rows: int) -> tuple[int, int]:
-        """(bytes in use, bytes that a transaction which writes or deletes that many rows adds at most)."""
+    def _room(self, rows: int, load: VolumesLoad = _NO_LOAD) -> tuple[int, int]:
+        """(bytes in use, bytes that a transaction which writes or deletes as much adds at most)."""
         with self._translated("read"), self._env.begin() as txn:
             tree, used = txn.stat(self._rows_db), self._env.info()["last_pgno"] + 1
-        # It copies the pages that it changes, each row's path from the root and a neighbour that is merged
-        # with, at most all; a leaf has two new rows at least; the rest is for the other trees and the list of
-        # free pages.
-        pages = tree["branch_pages"] + tree["leaf_pages"]
-        more = min((tree["depth"] + 1) * rows, pages) + rows // 2
-        more += (more + pages) // 128 + _OTHER_PAGES
+            extents = txn.stat(self._extents_db) if self._extents_db is not None else None
+        more = pages_added(tree, rows, extents, load)
         return used * tree["psize"], more * tree["psize"]
 
-    def _grow(self, rows: int) -> None:
-        """Room in the file, and in the map, for a transaction that writes or deletes that many rows."""
-        needed_bytes = sum(self._room(rows))
+    def _grow(self, rows: int, load: VolumesLoad = _NO_LOAD) -> None:
+        """Room in the file, and in the map, for a transaction that writes or deletes as much."""
+        needed_bytes = sum(self._room(rows, load))
         map_bytes = self._env.info()["map_size"]
         if self._map_full or needed_bytes > map_bytes:
-            with self._translated("given more room"):
+            with self._translated("given more room"), self._reading:
                 self._env.set_mapsize(2 * max(needed_bytes, map_bytes))
             self._map_full = False
         path = self.path / DATA_FILE
         try:
             size_bytes = path.stat().st_size
-            if size_bytes < needed_bytes + _RESERVE_BYTES:
-                _allocate(path, _whole_steps(needed_bytes + _RESERVE_BYTES))
+            if size_bytes < needed_bytes + RESERVE_BYTES:
+                allocate(path, whole_steps(needed_bytes + RESERVE_BYTES))
         except OSError as error:
             if is_no_space(error) and size_bytes >= needed_bytes:
                 return  # what the reserve is for: to forget blocks needs no room on a full disk
@@ -291,7 +269,7 @@ class Index:
         """
         used_bytes, _ = self._room(rows=0)
         path = self.path / DATA_FILE
-        keep_bytes = _whole_steps(used_bytes + _RESERVE_BYTES) + _GROW_BYTES
+        keep_bytes = whole_steps(used_bytes + RESERVE_BYTES) + GROW_BYTES
         try:
             if path.stat().st_size > keep_bytes:
                 os.truncate(path, keep_bytes)
@@ -332,8 +310,8 @@ class Index:
         with self._translated("read"), self._env.begin(db=self._layers_db) as txn:
             items = list(txn.cursor())
         try:
-            return [_layer_record(key, value) for key, value in items]
-        except (struct.error, ValueError, KeyError, TypeError):
+            return [decode_layer(_ID.unpack(key)[0], value) for key, value in items]
+        except (struct.error, ValueError, TypeError):
             raise CacheError(
                 f"the cache's index {self.path} is damaged: the record of a layer cannot be read", _BEGIN_ANEW
             ) from None
@@ -354,47 +332,94 @@ class Index:
 
     def put_layer(self, record: LayerRecord) -> None:
         """A new layer, or a new record of one; durable when it returns."""
-        fields = asdict(record)
-        del fields["layer_id"]
         with self.changing(rows=1) as txn:
-            txn.put(_ID.pack(record.layer_id), json.dumps(fields).encode(), db=self._layers_db)
+            txn.put(_ID.pack(record.layer_id), encode_layer(record), db=self._layers_db)
 
     def delete_layer(self, layer_id: int) -> None:
-        """The record of a layer, and whatever rows it has; durable when it returns."""
-        rows = [row for row, _ in self.rows(layer_id)]
-        with self.changing(rows=1 + len(rows)) as txn:
-            txn.delete(_ID.pack(layer_id), db=self._layers_db)
+        """The record of a layer, whatever rows it has, its state and its extents; durable when it returns."""
+        with self._reading:
+            rows = [row for row, _ in self.rows(layer_id)]
+        with self.changing(1 + len(rows), self._load([_EMPTIED])) as txn:
+            self._forget_layer(txn, layer_id)
             for row in rows:
                 txn.delete(_ROW_KEY.pack(layer_id, row), db=self._rows_db)
+
+    def _forget_layer(self, txn: lmdb.Transaction[bytes], layer_id: int) -> None:
+        txn.delete(_ID.pack(layer_id), db=self._layers_db)
+        if self._volumes_db is not None:
+            txn.delete(_ID.pack(layer_id), db=self._volumes_db)
+        self._delete_extents(txn, layer_id)
+
+    def _delete_extents(self, txn: lmdb.Transaction[bytes], layer_id: int) -> None:
+        if self._extents_db is None:
+            return
+        prefix = _ID.pack(layer_id)
+        with txn.cursor(db=self._extents_db) as cursor:
+            found = cursor.set_range(prefix)
+            while found and cursor.key().startswith(prefix):
+                found = cursor.delete()
+
+    def volume_state(self, layer_id: int) -> bytes | None:
+        """What was last written as the state of a volume; None: nothing was. From any thread."""
+        with self._reading, self._translated("read"):
+            if self._volumes_db is None:
+                return None
+            with self._env.begin(db=self._volumes_db) as txn:
+                return txn.get(_ID.pack(layer_id))
+
+    def extents(self, layer_id: int) -> list[tuple[bytes, bytes]]:
+        """(key, value) of all extents of a volume by key, as of one transaction. From any thread; commits
+        beside it wait only if the map has to grow."""
+        prefix, found = _ID.pack(layer_id), []
+        with self._reading, self._translated("read"):
+            if self._extents_db is None:
+                return []
+            with self._env.begin(db=self._extents_db) as txn, txn.cursor() as cursor:
+                if cursor.set_range(prefix):
+                    for key, value in cursor.iternext():
+                        if not key.startswith(prefix):
+                            break
+                        found.append((key[len(prefix) :], value))
+        return found
 
     def begin_session(
         self,
         session: int,
         *,
         discard: bool = False,
-        forget_layers: Iterable[int] = (),
+        forget_layers: Collection[int] = (),
         drop_rows: Collection[tuple[int, int]] = (),
+        put_layers: Collection[LayerRecord] = (),
     ) -> None:
         """The session number and the unclean mark, with what the opening found that must go, in one
         transaction.
 
-        discard: every layer and row; forget_layers: layers without rows; drop_rows: (layer id, row).
+        discard: every layer with all that it has; forget_layers: layers without rows; drop_rows: (layer id,
+        row); put_layers: new records of layers that stay.
         """
-        with self.changing(rows=len(drop_rows)) as txn:
+        self.make_missing()
+        load = self._load([_EMPTIED] * (1 if discard else len(forget_layers)))
+        with self.changing(len(drop_rows) + len(put_layers), load) as txn:
             if discard:
-                txn.drop(self._rows_db, delete=False)
-                txn.drop(self._layers_db, delete=False)
+                for database in (self._rows_db, self._layers_db, self._volumes_db, self._extents_db):
+                    assert database is not None
+                    txn.drop(database, delete=False)
             for layer_id in forget_layers:
-                txn.delete(_ID.pack(layer_id), db=self._layers_db)
+                self._forget_layer(txn, layer_id)
+            for record in put_layers:
+                txn.put(_ID.pack(record.layer_id), encode_layer(record), db=self._layers_db)
             for key in drop_rows:
                 txn.delete(_ROW_KEY.pack(*key), db=self._rows_db)
             self.put_session(txn, session, clean=False)
 
-    def write_rows(self, rows: Rows, journaled: int | None = None) -> tuple[int, int]:
+    def write_rows(
+        self, rows: Rows, journaled: int | None = None, volumes: Mapping[int, VolumeChange] = NO_VOLUMES
+    ) -> tuple[int, int]:
         """Step 3 of a commit (R6): exactly these copies of rows, by layer id; b"" deletes a row. journaled:
-        with them it knows more than the journal's records up to this one.
+        with them it knows more than the journal's records up to this one. volumes: what else is to be durable
+        with them, by layer id (R13).
 
-        Returns how many were written and how many deleted, durable. CacheError: none of them is.
+        Returns how many rows were written and how many deleted, durable. CacheError: nothing is.
         """
         written = {
             _ROW_KEY.pack(layer_id, row): packed
@@ -404,48 +429,38 @@ class Index:
         deleted = [key for key, packed in written.items() if not packed]
         for key in deleted:
             del written[key]
-        with self.changing(rows=len(written) + len(deleted)) as txn:
+        with self.changing(len(written) + len(deleted), self._load(volumes.values())) as txn:
             with txn.cursor(db=self._rows_db) as cursor:
                 cursor.putmulti(sorted(written.items()))
             for key in deleted:
                 txn.delete(key, db=self._rows_db)
             if journaled is not None:
                 txn.put(b"journal", _U64.pack(journaled), db=self.meta_db)
+            for layer_id, change in volumes.items():
+                self._write_volume(txn, layer_id, change)
         return len(written), len(deleted)
+
+    def _write_volume(self, txn: lmdb.Transaction[bytes], layer_id: int, change: VolumeChange) -> None:
+        assert self._volumes_db is not None, "a session has begun"
+        txn.put(_ID.pack(layer_id), change.state, db=self._volumes_db)
+        if change.anew:
+            self._delete_extents(txn, layer_id)
+        latest = {_ID.pack(layer_id) + key: value for key, value in change.extents}
+        with txn.cursor(db=self._extents_db) as cursor:
+            cursor.putmulti(sorted((key, value) for key, value in latest.items() if value))
+        for key, value in latest.items():
+            if not value:
+                txn.delete(key, db=self._extents_db)
+
+    def _load(self, volumes: Collection[VolumeChange]) -> VolumesLoad:
+        """What these changes need room for. ValueError: a key or value is too long."""
+        if not volumes:
+            return _NO_LOAD
+        with self._reading, self._translated("read"), self._env.begin() as txn:
+            extents = txn.stat(self._extents_db) if self._extents_db is not None else None
+        return load_of(volumes, extents)
 
     def mark_clean(self, session: int) -> None:
         """The session ended in order: the index is exact."""
         with self.changing(rows=0) as txn:
             self.put_session(txn, session, clean=True)
-
-
-def _whole_steps(size_bytes: int) -> int:
-    return -(-size_bytes // _GROW_BYTES) * _GROW_BYTES
-
-
-def _allocate(path: Path, size_bytes: int) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
-    finally:
-        os.close(descriptor)
-
-
-def _layer_record(key: bytes, value: bytes) -> LayerRecord:
-    fields = json.loads(value)
-    (layer_id,) = _ID.unpack(key)
-    record = LayerRecord(layer_id, **fields)
-    for name, kind in (
-        ("kind", str),
-        ("url", str),
-        ("validator", str),
-        ("size_bytes", int),
-        ("used_unix_s", int),
-        ("name", str),
-        ("base_size_bytes", int),
-    ):
-        if not isinstance(getattr(record, name), kind):
-            raise ValueError(f"{name} has the wrong type")
-    if not 0 < layer_id <= LAYER_ID_MAX or record.size_bytes <= 0:
-        raise ValueError("a number is out of range")
-    return record

@@ -8,7 +8,8 @@ import logging
 from dataclasses import dataclass, field
 from itertools import chain
 
-from tierblk.cache.index import Index, LayerRecord
+from tierblk.cache.index import Index
+from tierblk.cache.layers import LayerRecord
 from tierblk.cache.maps import Maps
 from tierblk.cache.rows import entries_of, unpack_row
 from tierblk.cache.start import StartMode, is_current, start_mode

@@ -23,7 +23,8 @@ from itertools import islice
 from tierblk import address
 from tierblk.cache.directory import INDEX_RESERVE_BYTES, SUMS_BYTES_PER_SLOT, Directory
 from tierblk.cache.filesystem import free_bytes, is_no_space
-from tierblk.cache.index import Index, LayerRecord
+from tierblk.cache.index import Index
+from tierblk.cache.layers import LayerRecord
 from tierblk.cache.maps import Maps
 from tierblk.cache.rows import Entry, entries_of, pack_row, unpack_row
 from tierblk.cache.start import is_current

@@ -14,8 +14,9 @@ from pathlib import Path
 from tierblk.cache import journal
 from tierblk.cache import superblock as superblocks
 from tierblk.cache.directory import INDEX, JOURNAL, SLOTS, SUMS, SUMS_BYTES_PER_SLOT
-from tierblk.cache.index import Index, LayerRecord, open_index
+from tierblk.cache.index import Index, open_index
 from tierblk.cache.invariants import LayerRows, Violation, check, check_bytes, check_session
+from tierblk.cache.layers import LayerRecord
 from tierblk.cache.rows import Entry, entries_of, unpack_row
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
 from tierblk.core import PAGE_BYTES

@@ -23,6 +23,7 @@ from tests.cache_rig import (
 )
 from tierblk.cache import commit as commit_module
 from tierblk.cache.index import Rows
+from tierblk.cache.room import VolumesLoad
 from tierblk.cache.rows import entries_of
 from tierblk.cache.start import StartMode
 from tierblk.errors import CacheError
@@ -116,7 +117,7 @@ async def test_i5_slots_and_sums_are_synced_before_the_transaction(
     await rig.fill(await rig.base(IMAGE), 0)
     write_rows = rig.cache._index.write_rows
 
-    def write(rows: Rows, journaled: int | None = None) -> tuple[int, int]:
+    def write(rows: Rows, *_: object) -> tuple[int, int]:
         steps.append("rows")
         return write_rows(rows)
 
@@ -254,7 +255,7 @@ async def test_r7_a_full_disk_is_only_a_delay(
     await rig.fill(layer, *range(5))
     await rig.evict(2)
 
-    def full(rows: int) -> None:
+    def full(rows: int, load: VolumesLoad) -> None:
         raise CacheError("the cache's index cannot grow: its disk is full")
 
     with monkeypatch.context() as patch:

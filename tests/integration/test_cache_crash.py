@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.cache_rig import CACHE_BYTES, CacheRig, copy_cache, image_bytes, layer_rows
+from tierblk.cache.index import NO_VOLUMES
 from tierblk.cache.rows import entries_of
 from tierblk.cache.start import StartMode
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
@@ -70,8 +71,8 @@ class Machine:
 
             return sync_file
 
-        def write(rows: Any, journaled: int | None = None) -> tuple[int, int]:
-            result = write_rows(rows, journaled)
+        def write(rows: Any, journaled: int | None = None, volumes: Any = NO_VOLUMES) -> tuple[int, int]:
+            result = write_rows(rows, journaled, volumes)
             self._reached("rows written")
             return result
 

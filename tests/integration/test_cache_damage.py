@@ -20,7 +20,7 @@ from tests.cache_rig import (
     run_directory,
     session,
 )
-from tierblk.cache.index import LayerRecord
+from tierblk.cache.layers import LayerRecord
 from tierblk.cache.rows import Entry, pack_row, unpack_row
 from tierblk.cache.start import StartMode
 from tierblk.core import ROW_BYTES

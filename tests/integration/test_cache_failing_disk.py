@@ -22,6 +22,7 @@ from tests.cache_rig import (
     run_directory,
     session,
 )
+from tierblk.cache.room import VolumesLoad
 from tierblk.cache.start import StartMode
 from tierblk.errors import CacheError
 from tierblk.units import MIB
@@ -137,7 +138,7 @@ async def test_a_full_disk_is_told_until_there_is_room(
     layer = await rig.base(IMAGE)
     await rig.fill(layer, 0)
 
-    def full(rows: int) -> None:
+    def full(rows: int, load: VolumesLoad) -> None:
         raise CacheError("the cache's index cannot grow: its disk is full")
 
     with monkeypatch.context() as patch:

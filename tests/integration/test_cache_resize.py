@@ -33,7 +33,8 @@ from tests.cache_rig import (
 )
 from tierblk.cache import Cache
 from tierblk.cache.directory import Directory
-from tierblk.cache.index import Index, LayerRecord
+from tierblk.cache.index import Index
+from tierblk.cache.layers import LayerRecord
 from tierblk.cache.maps import Maps
 from tierblk.cache.rows import Entry, entries_of, pack_row
 from tierblk.cache.start import StartMode

@@ -32,7 +32,8 @@ from tests.cache_rig import (
 )
 from tierblk.cache import Cache, maps
 from tierblk.cache.directory import Directory
-from tierblk.cache.index import Index, LayerRecord
+from tierblk.cache.index import Index
+from tierblk.cache.layers import LayerRecord
 from tierblk.cache.maps import Maps
 from tierblk.cache.start import StartMode
 from tierblk.core import BLOCK_BYTES

@@ -19,6 +19,7 @@ from tests.property.volume_daemon import TIMEOUT_S, VolumeDaemon
 from tierblk.cache import journal
 from tierblk.cache.directory import JOURNAL
 from tierblk.cache.index import Index
+from tierblk.cache.room import VolumesLoad
 from tierblk.cache.verify import verify
 from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, PAGE_BYTES
 from tierblk.errors import CacheError
@@ -287,11 +288,11 @@ def test_a_full_disk_takes_the_records_in_pieces(host: Host, monkeypatch: pytest
     grow = Index._grow
     asked = []
 
-    def full(index: Index, rows: int) -> None:
+    def full(index: Index, rows: int, load: VolumesLoad) -> None:
         asked.append(rows)
         if rows > 16:
             raise CacheError("the cache's index cannot grow: its disk is full")
-        grow(index, rows)
+        grow(index, rows, load)
 
     with monkeypatch.context() as patch:
         patch.setattr(Index, "_grow", full)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.property.host import Host
 from tierblk.cache import Cache
+from tierblk.cache.index import NO_VOLUMES
 from tierblk.errors import CacheError
 
 POINTS = ("rows taken", "slots synced", "sums synced", "rows written")
@@ -43,9 +44,9 @@ class Gate:
 
             return sync_file
 
-        def write(rows: Any, journaled: int | None = None) -> tuple[int, int]:
+        def write(rows: Any, journaled: int | None = None, volumes: Any = NO_VOLUMES) -> tuple[int, int]:
             self._fail("rows", CacheError("the index is full"))
-            result = write_rows(rows, journaled)
+            result = write_rows(rows, journaled, volumes)
             for layer_id, copies in rows.items():
                 kept = host.rows.setdefault(layer_id, {})
                 kept.update(copies)

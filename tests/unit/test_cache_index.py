@@ -16,7 +16,8 @@ import pytest
 
 from tests.cache_rig import mounted
 from tierblk.cache import index as index_module
-from tierblk.cache.index import Index, LayerRecord, create_index, open_index
+from tierblk.cache.index import Index, create_index, open_index
+from tierblk.cache.layers import LayerRecord
 from tierblk.cache.rows import Entry, pack_row
 from tierblk.errors import CacheError
 
@@ -298,7 +299,7 @@ def test_a_map_that_is_full_is_larger_the_next_time(path: Path, monkeypatch: pyt
     copies = {1: [(number, row(number)) for number in range(1000)]}
     with opened(path) as index:
         room = index._room
-        monkeypatch.setattr(index, "_room", lambda rows: (room(0)[0], 0))
+        monkeypatch.setattr(index, "_room", lambda rows, *_: (room(0)[0], 0))
         with pytest.raises(CacheError) as caught:
             index.write_rows(copies)
         assert caught.value.message == f"the cache's index {path} is full"
