@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 from tierblk import address
 from tierblk.cache import journal, start
-from tierblk.cache.commit import CommitReport, Committer
+from tierblk.cache.commit import CommitReport, Committer, VolumeSource
 from tierblk.cache.directory import Directory, open_directory
 from tierblk.cache.index import Index, create_index, open_index
 from tierblk.cache.invariants import LayerRows, SlotCounts, Violation, check
@@ -77,10 +77,16 @@ class Cache:
         self._records = {record.layer_id: record for record in loaded.records}
         self._layers = loaded.layers
         self._spare: dict[int, Layer] = {}  # of dropped volumes, empty
+        self._sources: dict[int, VolumeSource] = {}
         self._opening = asyncio.Lock()
         self._closed = False
         self.committer = Committer(
-            engine, self._layers.values, index, slots_fd=directory.slots_fd, sums_fd=directory.sums_fd
+            engine,
+            self._layers.values,
+            lambda: self._sources,
+            index,
+            slots_fd=directory.slots_fd,
+            sums_fd=directory.sums_fd,
         )
 
     @classmethod
@@ -201,6 +207,26 @@ class Cache:
             self._records[layer_id] = record
             return self._layers[layer_id]
 
+    def set_volume_source(self, layer_id: int, source: VolumeSource | None) -> None:
+        """Who is asked at every commit from now on what is to be durable beside the rows of a volume; None:
+        nobody any more. A cycle that runs may still write what it has taken: commit first, to be sure."""
+        if source is None:
+            self._sources.pop(layer_id, None)
+        else:
+            self._sources[layer_id] = source
+
+    async def volume_state(self, name: str) -> bytes | None:
+        """What was last made durable as the state of the volume of that name; None: nothing, or there is no
+        such volume. CacheError."""
+        record = self.volume(name)
+        if record is None:
+            return None
+        return await asyncio.to_thread(self._index.volume_state, record.layer_id)
+
+    async def volume_extents(self, layer_id: int) -> list[tuple[bytes, bytes]]:
+        """(key, value) of all extents of a volume that are durable, by key. CacheError."""
+        return await asyncio.to_thread(self._index.extents, layer_id)
+
     async def drop_volume(self, name: str) -> None:
         """Everything that a volume has is gone when this returns; doors to it are closed before. CacheError
         when the index does not take it: the next start finds what is left of it. Cancelled, it ends first.
@@ -219,6 +245,7 @@ class Cache:
                     await asyncio.sleep(0)
             except OSError as error:
                 raise CacheError(f"the volume {name} cannot be dropped: {error.strerror}") from None
+            self.set_volume_source(record.layer_id, None)
             await self.commit()  # also of rows that a running cycle has taken
             while layer.changed():
                 await self.commit()
@@ -232,8 +259,13 @@ class Cache:
         return await self.committer.commit()
 
     def changed(self) -> bool:
-        """Whether a commit would change anything: rows differ from the index, or freed slots wait for one."""
-        return any(layer.changed() for layer in self._layers.values()) or self.engine.quarantined_slots() > 0
+        """Whether a commit would change anything: rows differ from the index, a volume has more to say, or
+        freed slots wait for one."""
+        return (
+            any(layer.changed() for layer in self._layers.values())
+            or any(source.is_changed() for source in self._sources.values())
+            or self.engine.quarantined_slots() > 0
+        )
 
     def identities_of(self, url: str) -> list[tuple[str, int, str]]:
         """(url, size_bytes, validator) of the images known at an address, the last used last."""

@@ -1,9 +1,10 @@
 """The commit cycle: the only writer of rows (DESIGN 6, R6, R7).
 
     1. the batch of freed slots is closed; changed rows are taken, each cleared before it is copied; no record
-       of the journal is begun meanwhile, so that those before it say nothing that the copies do not
+       of the journal is begun meanwhile, so that those before it say nothing that the copies do not; behind
+       the last of them what volumes in object storage have to say is taken, at one instant (R13)
     2. slots and sums are synced                data before the index that names it (I5)
-    3. one LMDB transaction, synced             exactly the copies of step 1
+    3. one LMDB transaction, synced             exactly the copies of step 1, and what volumes said
     4. the closed batch of slots is free        I4: the rows that named them are gone for good
 
 One cycle at a time. Who asks while one runs shares the next, never the running one: its copies may be older
@@ -16,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from tierblk.cache.index import Index
+from tierblk.cache.layers import VolumeChange
 from tierblk.core import Engine, Layer
 from tierblk.errors import CacheError
 
@@ -31,6 +34,38 @@ FIRST_ROWS, BATCH_ROWS = 16, 1024
 _UNSYNCED = (
     "the cache's slots could not be synced ({}); nothing more is recorded until the daemon is restarted"
 )
+
+
+class VolumeSource(Protocol):
+    """What a volume in object storage wants to be durable beside its rows: its state and its extents. All of
+    it is asked on the event loop."""
+
+    def is_changed(self) -> bool:
+        """Whether `take` would give something."""
+        ...
+
+    def take(self) -> VolumeChange | None:
+        """What has changed since the last time; None: nothing. It is asked once a cycle, behind the rows, so
+        that extents are never older than the rows that name their pages as clean (R13)."""
+        ...
+
+    def put_back(self, change: VolumeChange) -> None:
+        """The cycle failed: what it took, the last thing that was taken, has changed again."""
+        ...
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What step 1 took: copies of rows, and of volumes by layer id who gave what."""
+
+    rows: dict[Layer, dict[int, bytes]] = field(default_factory=dict)
+    volumes: dict[int, tuple[VolumeSource, VolumeChange]] = field(default_factory=dict)
+
+    def put_back(self) -> None:
+        for layer, rows in self.rows.items():
+            layer.put_back(rows)
+        for source, change in self.volumes.values():
+            source.put_back(change)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +90,23 @@ class Committer:
     """Runs commit cycles for one cache. Engine calls are made on the event loop, what blocks in a thread of
     its own.
 
-    layers: all layers of the engine, asked for at every cycle. sync_slots and sync_sums get the descriptor
-    and raise OSError when bytes may be lost; tests put a failing disk there.
+    layers: all layers of the engine, asked for at every cycle; so are volumes, by layer id those that have
+    more to say than their rows. sync_slots and sync_sums get the descriptor and raise OSError when bytes may
+    be lost; tests put a failing disk there.
     """
 
     def __init__(
         self,
         engine: Engine,
         layers: Callable[[], Iterable[Layer]],
+        volumes: Callable[[], Mapping[int, VolumeSource]],
         index: Index,
         slots_fd: int,
         sums_fd: int,
     ) -> None:
         self._engine = engine
         self._layers = layers
+        self._volumes = volumes
         self._index = index
         self._slots_fd = slots_fd
         self._sums_fd = sums_fd
@@ -138,18 +176,20 @@ class Committer:
 
     async def _cycle(self) -> CommitReport:
         started_s = time.monotonic()
-        taken: dict[Layer, dict[int, bytes]] = {}
+        taken = _Taken()
         self._engine.commit_begin()
         try:
             for layer in list(self._layers()):
-                await self._take(layer, taken.setdefault(layer, {}))
+                await self._take(layer, taken.rows.setdefault(layer, {}))
+            # Behind the last row: a page that one of them calls clean is in these extents.
+            for layer_id, source in self._volumes().items():
+                if (change := source.take()) is not None:
+                    taken.volumes[layer_id] = source, change
             journaled = self._engine.commit_taken()
-            copies = {layer.layer_id: list(rows.items()) for layer, rows in taken.items() if rows}
             loop = asyncio.get_running_loop()
-            written, deleted = await loop.run_in_executor(self._executor, self._persist, copies, journaled)
+            written, deleted = await loop.run_in_executor(self._executor, self._persist, taken, journaled)
         except BaseException as error:
-            for layer, rows in taken.items():
-                layer.put_back(rows)
+            taken.put_back()
             self._engine.commit_end(False)
             if self.refusal is not None:
                 self._engine.fail_flushes()
@@ -174,7 +214,7 @@ class Committer:
             most = BATCH_ROWS
             await asyncio.sleep(0)  # misses are served between batches
 
-    def _persist(self, copies: dict[int, list[tuple[int, bytes]]], journaled: int) -> tuple[int, int]:
+    def _persist(self, taken: _Taken, journaled: int) -> tuple[int, int]:
         """Steps 2 and 3, in the executor."""
         self._refuse()
         try:
@@ -184,9 +224,11 @@ class Committer:
             self._engine.fail_flushes()  # at once: C would take the next sync's success for this one's
             self._refusal = _UNSYNCED.format(error.strerror)
             raise CacheError(self._refusal) from None
-        if not copies and journaled == self._journaled:
+        copies = {layer.layer_id: list(rows.items()) for layer, rows in taken.rows.items() if rows}
+        volumes = {layer_id: change for layer_id, (_, change) in taken.volumes.items()}
+        if not copies and not volumes and journaled == self._journaled:
             return 0, 0
-        counts = self._index.write_rows(copies, journaled)
+        counts = self._index.write_rows(copies, journaled, volumes)
         self._journaled = journaled
         return counts
 
