@@ -174,8 +174,9 @@ class Cache:
         """The volume of that name, found or made; its record is durable before anything can be written to
         it.
 
-        mode: "local" or "scratch"; base: (url, size_bytes, validator) of what it lies over. CacheError when
-        there is one of that name that differs in any of this. Cancelled, it ends first.
+        mode: "local", "scratch" or "write-back"; base: (url, size_bytes, validator) of what it lies over.
+        CacheError when there is one of that name that differs in any of this. Cancelled, it ends first.
+        Whether it may be shown says `damaged` of its record.
         """
         return await _to_the_end(self._volume_layer(name, mode, size_bytes, base))
 
@@ -226,6 +227,20 @@ class Cache:
     async def volume_extents(self, layer_id: int) -> list[tuple[bytes, bytes]]:
         """(key, value) of all extents of a volume that are durable, by key. CacheError."""
         return await asyncio.to_thread(self._index.extents, layer_id)
+
+    async def forgive(self, name: str) -> None:
+        """The volume of that name is not `damaged` any more: its user does without what was lost. Durable
+        when it returns; CacheError, also when there is no such volume. Cancelled, it ends first."""
+        await _to_the_end(self._forgive(name))
+
+    async def _forgive(self, name: str) -> None:
+        async with self._opening:
+            if (record := self.volume(name)) is None:
+                raise CacheError(f"there is no volume {name} in {self.path}")
+            await self.commit()  # else the next start would find the rows again that cannot be read
+            record = replace(record, damaged="")
+            await asyncio.to_thread(self._index.put_layer, record)
+            self._records[record.layer_id] = record
 
     async def drop_volume(self, name: str) -> None:
         """Everything that a volume has is gone when this returns; doors to it are closed before. CacheError
@@ -457,6 +472,7 @@ def _begin_index_and_maps(directory: Directory, index: Index, maps: Maps, loaded
         discard=loaded.mode is StartMode.DISCARDED,
         forget_layers=loaded.forgotten,
         drop_rows=loaded.dropped_rows,
+        put_layers=loaded.damaged,
     )
     for layer_id in loaded.layers:
         maps.stamp(layer_id, session)

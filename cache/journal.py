@@ -123,7 +123,7 @@ def read(path: Path, index: Index, superblock: Superblock) -> Replay | None:
     try:
         return _read(path, meta, superblock)
     except CacheError as error:
-        kept = [record.name for record in index.layers() if record.kind == "local"]
+        kept = [record.name for record in index.layers() if record.outlives_machine]
         if not kept:
             return None
         raise CacheError(

@@ -36,6 +36,11 @@ class LayerRecord:
         return self.kind != "base"
 
     @property
+    def is_stored(self) -> bool:
+        """Whether object storage has what is not dirty in a volume."""
+        return self.kind == "write-back"
+
+    @property
     def outlives_machine(self) -> bool:
         """Whether a FLUSH of it promises anything: what it keeps here may be nowhere else."""
         return self.kind in ("local", "write-back")

@@ -20,7 +20,6 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 
-from tierblk import address
 from tierblk.cache.directory import INDEX_RESERVE_BYTES, SUMS_BYTES_PER_SLOT, Directory
 from tierblk.cache.filesystem import free_bytes, is_no_space
 from tierblk.cache.index import Index
@@ -146,10 +145,9 @@ def _count_clean(entries: Iterable[Entry], record: LayerRecord, what: str) -> in
     """How many entries. CacheError for one of which something could be lost (I3)."""
     count = 0
     for entry in entries:
-        if record.kind != "base" or entry.dirty & entry.cached:
+        if entry.dirty & entry.cached or (record.is_volume and not record.is_stored):
             raise CacheError(
-                f"{what}: pages of {address.shown(record.url)} that nothing else has are in the part that "
-                "would go",
+                f"{what}: pages of {record.shown} that nothing else has are in the part that would go",
                 "set cache.size to the size that it has",
             )
         count += 1

@@ -47,6 +47,18 @@ def test_a_good_cache_violates_nothing() -> None:
     assert check([layer(GOOD), volume], slot_count=10, counts=SlotCounts(free=3, quarantined=1, bad=1)) == []
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry(slot=4, present=ALL, cached=7, zero=8),  # clean, and the rest is in the store only
+        Entry(present=ALL),
+        Entry(slot=4, present=7, cached=3, zero=4, dirty=5),
+    ],
+)
+def test_pages_of_a_volume_in_object_storage_may_be_clean_or_only_there(entry: Entry) -> None:
+    assert check([layer({5: entry}, kind="write-back")], slot_count=10) == []
+
+
 def test_no_row_and_an_empty_one_are_good() -> None:
     assert check([LayerRows(1, "base", SIZE_BYTES, {0: b"", 1: pack_row([])})], slot_count=2) == []
 
@@ -65,6 +77,8 @@ def test_no_row_and_an_empty_one_are_good() -> None:
         ),
         (7, Entry(slot=5, cached=1, present=3, dirty=3), "volume", "I3", "dirty pages are nowhere: 0x0002"),
         (7, Entry(slot=5, cached=3, present=1), "volume", "I3", "pages are here and not present: 0x0002"),
+        (7, Entry(slot=5, cached=3, present=1), "write-back", "I3", "pages are here and not present: 0x0002"),
+        (7, Entry(present=3, dirty=3), "write-back", "I3", "dirty pages are nowhere: 0x0003"),
         (7, Entry(slot=5, cached=1, present=1, dirty=1), "base", "I3", "pages of a base"),
         (7, Entry(slot=5, cached=1, present=1), "base", "R9", "are present: 0x0001"),
         (7, Entry(slot=5, zero=1), "base", "R2", "slot 5 is held by a block of which nothing is cached"),

@@ -2,7 +2,8 @@
 page. No daemon may serve it. Changes nothing; exit code 6 when something is wrong.
 
 With --json: {"ok", "clean", "session", "slots", "bad_superblocks", "layers": [{"kind", "name", "url",
-"size_bytes", "cached_bytes", "dirty_bytes"}], "violations": [{"invariant", "layer", "block", "text"}]}.
+"size_bytes", "cached_bytes", "dirty_bytes", "damaged"}], "violations": [{"invariant", "layer", "block",
+"text"}]}.
 Invariants have the numbers that the design gives them.
 """
 
@@ -73,6 +74,7 @@ def _document(found: Found) -> dict[str, Any]:
                 "size_bytes": layer.record.size_bytes,
                 "cached_bytes": layer.cached_bytes,
                 "dirty_bytes": layer.dirty_bytes,
+                "damaged": layer.record.damaged or None,
             }
             for layer in found.layers
         ],
@@ -93,6 +95,9 @@ def _show(directory: Path, found: Found) -> None:
     ]
     if rows:
         put_table(("KIND", "WHAT", "SIZE", "HERE", "NOWHERE ELSE"), rows)
+    for layer in found.layers:
+        if layer.record.damaged:
+            say(f"{layer.record.shown} cannot be attached: {layer.record.damaged}")
     if not found.clean:
         say("the last daemon did not end in order: as long as the machine runs, its block maps count")
     if found.bad_superblocks:
