@@ -18,13 +18,12 @@ from tierblk.remote.epoch import take_base
 from tierblk.remote.extents import ExtentMap
 from tierblk.remote.names import ATTEMPT_BYTES, CheckpointName
 from tierblk.remote.packed import Malformed, Reader, sealed, unsealed
-from tierblk.remote.pieces import PIECE_BYTES_MIN, ROW_PAGES, Piece, pack, unpack
+from tierblk.remote.pieces import PIECE_BYTES_MIN, Piece, pack, piece_fault, unpack
 from tierblk.remote.record import (
     NO_HASH,
     Head,
     ObjectName,
     pages_of,
-    shape_fault,
     source_fault,
     standing_fault,
 )
@@ -161,20 +160,8 @@ def _rows(
         pieces = unpack(row, reader.take(packed_bytes), names)
         last = None
         for piece in pieces:
-            if (wrong := _piece_fault(piece, last, row, pages_end)) is not None:
+            if (wrong := piece_fault(piece, last, row, pages_end)) is not None:
                 raise Malformed(wrong)
             last = piece
         yield row, pieces
         before = row
-
-
-def _piece_fault(piece: Piece, last: Piece | None, row: int, pages_end: int) -> str | None:
-    """What is wrong with a piece behind the last one of its row; None: nothing."""
-    if last is not None and (piece.page < last.end or last.goes_on_in(piece)):
-        return f"the piece at page {piece.page} does not begin where one can"
-    if piece.page // ROW_PAGES != row or piece.end > pages_end or piece.pages == 0:
-        return f"the piece at page {piece.page} is not inside its row and the volume"
-    if piece.skip + piece.pages > piece.run_pages:
-        return f"the piece at page {piece.page} is not inside its run"
-    wrong = shape_fault(piece.page - piece.skip, piece.run_pages, piece.codec, piece.stored_bytes)
-    return wrong or source_fault(piece.object.n, piece.offset_bytes, piece.stored_bytes)

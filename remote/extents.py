@@ -9,6 +9,8 @@ Records are applied in order, each checked against the one before. What a record
 
 A page is in a piece of a run, or zero, or neither: then the base answers below base_visible, and zeros
 follow. Zeros behind what is visible of the base are therefore not kept.
+
+A map knows what of it has changed since somebody took that (kept.py), so that keeping it costs what changed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from typing import NamedTuple
 from uuid import UUID
 
 from tierblk.extent import PAGES_PER_BLOCK
-from tierblk.remote.pieces import ROW_PAGES, Hole, Piece, pack, piece_of, unpack
+from tierblk.remote import kept
+from tierblk.remote.kept import Changes, Kept, Touched
+from tierblk.remote.packed import Malformed
+from tierblk.remote.pieces import ROW_PAGES, Hole, Piece, pack, piece_fault, piece_of, unpack
 from tierblk.remote.ranges import Ranges
 from tierblk.remote.record import Head, ObjectName, Record, check_follows, pages_of
 
@@ -42,6 +47,7 @@ class ExtentMap:
         self.head = head
         self._rows: dict[int, bytes] = {}
         self._zeroes = Ranges()
+        self._touched = Touched()
         # Objects by their number in the rows; None: the number is free. Live: how many bytes pieces still
         # name.
         self._objects: list[ObjectName | None] = []
@@ -108,6 +114,10 @@ class ExtentMap:
         for row, of_row in edits.items():
             self._edit(row, of_row)
         self._drop_dead()
+        self._touched.head = True
+        if self._touched.everything:
+            self._touched.forget_parts()
+            self._zeroes.touched.clear()
 
     def lookup(self, page: int, pages: int) -> Iterator[Piece | Hole]:
         """The pages in order, as the largest pieces and holes there are. ValueError: not inside the
@@ -149,7 +159,78 @@ class ExtentMap:
         for first, end in zeroes:
             self._zeroes.add(first, end)
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether take_changes would give something."""
+        return self._touched.everything or self._touched.head
+
+    def take_changes(self) -> Changes | None:
+        """What has to be written so that what was taken so far is this map; None: it is. A map that was not
+        restored gives all of it at first, and so does one that has been rolled back.
+        """
+        if not self.is_changed:
+            return None
+        touched, anew = self._touched, self._touched.everything
+        zeroes = [first for first, _ in self._zeroes] if anew else touched.zeroes | self._zeroes.touched
+        objects = self._numbers.values() if anew else touched.objects
+        pairs = [
+            kept.head_pair(
+                self.head, len(self._objects), len(self._numbers), len(self._rows), len(self._zeroes)
+            ),
+            *(kept.object_pair(number, self._objects[number]) for number in objects),
+            *(kept.row_pair(row, self._rows.get(row, b"")) for row in (self._rows if anew else touched.rows)),
+            *(kept.zeroes_pair(first, self._zeroes.end_of(first)) for first in zeroes),
+        ]
+        touched.clear()
+        self._zeroes.touched.clear()
+        return Changes(tuple(pairs), anew)
+
+    def put_back(self, changes: Changes) -> None:
+        """What was taken last was not written after all: the next take gives it again, as it is then."""
+        self._touched.everything |= changes.anew
+        if not self._touched.everything:
+            for key, _ in changes.pairs:
+                self._touched.add(key)
+
+    @classmethod
+    def restore(cls, pairs: Iterable[tuple[bytes, bytes]], *, uuid: UUID) -> ExtentMap:
+        """The map of that volume out of all pairs that were taken of it and are kept, in any order; nothing
+        of it has changed. ValueError: they are damaged, not all of them, or no map of that volume.
+        """
+        try:
+            return cls._restored(kept.read(pairs, uuid))
+        except Malformed as error:
+            raise ValueError(f"the extents of volume {uuid} cannot be read: {error}") from None
+
+    @classmethod
+    def _restored(cls, found: Kept) -> ExtentMap:
+        other = cls(found.head)
+        other._objects = found.objects
+        other._numbers = {name: number for number, name in enumerate(found.objects) if name is not None}
+        other._free = [number for number, name in enumerate(found.objects) if name is None]
+        other._live_bytes = dict.fromkeys(other._numbers, 0)
+        other._rows = found.rows
+        pages_end = pages_of(found.head.size_bytes)
+        for row in found.rows:
+            last = None
+            for piece in other._unpacked(row):
+                if (wrong := piece_fault(piece, last, row, pages_end)) is not None:
+                    raise Malformed(wrong)
+                other._live_bytes[piece.object] += piece.share_bytes
+                last = piece
+        if not all(other._live_bytes.values()):
+            raise Malformed("it lists objects of which nothing is used")
+        for first, end in found.zeroes:
+            if other.is_stored(first, end):
+                raise Malformed(f"of the pages {first} to {end} some are zeros and stored")
+            other._zeroes.add(first, end)
+        other._zeroes.touched.clear()
+        other._touched.clear()
+        return other
+
     def _take(self, other: ExtentMap) -> None:
+        """All of it is another map's from here on."""
+        self._touched.everything = True
         self._rows = other._rows.copy()
         self._zeroes = other._zeroes.copy()
         self._objects = other._objects.copy()
@@ -158,8 +239,7 @@ class ExtentMap:
         self._live_bytes = other._live_bytes.copy()
 
     def _unpacked(self, row: int) -> list[Piece]:
-        # A number that is free is in no row, so the names are all there.
-        return unpack(row, self._rows.get(row, b""), self._objects)  # type: ignore[arg-type]
+        return unpack(row, self._rows.get(row, b""), self._objects)
 
     def _existing(self, page: int, end: int | None) -> list[int]:
         """Rows with pieces that have any of these pages, in order; however many rows there could be."""
@@ -226,6 +306,8 @@ class ExtentMap:
                 self._number(piece.object)
             self._live_bytes[piece.object] += piece.share_bytes
         packed = pack(sorted([*kept, *after], key=lambda piece: piece.page), self._numbers)
+        if packed != self._rows.get(row, b""):
+            self._touched.rows.add(row)
         if packed:
             self._rows[row] = packed
         else:
@@ -236,6 +318,7 @@ class ExtentMap:
         self._objects[number : number + 1] = [name]
         self._numbers[name] = number
         self._live_bytes[name] = 0
+        self._touched.objects.add(number)
 
     def _drop_dead(self) -> None:
         """Forget objects that no piece names, and let others have their numbers."""
@@ -244,6 +327,7 @@ class ExtentMap:
                 number = self._numbers.pop(name)
                 self._objects[number] = None
                 self._free.append(number)
+                self._touched.objects.add(number)
                 del self._live_bytes[name]
         self._less_live.clear()
 

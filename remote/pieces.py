@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tierblk.extent import PAGES_PER_BLOCK
 from tierblk.remote.packed import Malformed
-from tierblk.remote.record import CRC_BYTES, Codec, ObjectName, Run
+from tierblk.remote.record import CRC_BYTES, Codec, ObjectName, Run, shape_fault, source_fault
 
 ROW_PAGES = 64 * PAGES_PER_BLOCK
 
@@ -112,7 +112,7 @@ def pack(pieces: Iterable[Piece], numbers: Mapping[ObjectName, int]) -> bytes:
     return b"".join(parts)
 
 
-def unpack(row: int, packed: bytes, objects: Sequence[ObjectName]) -> list[Piece]:
+def unpack(row: int, packed: bytes, objects: Sequence[ObjectName | None]) -> list[Piece]:
     """The pieces of a row; objects by their numbers. Malformed: the bytes are not whole pieces of such
     objects.
 
@@ -128,13 +128,14 @@ def unpack(row: int, packed: bytes, objects: Sequence[ObjectName]) -> list[Piece
         crcs = packed[at + _PIECE.size : (at := at + _PIECE.size + pages * CRC_BYTES)]
         if at > len(packed):
             raise Malformed(f"row {row} ends within a piece")
-        if number >= len(objects) or codec not in (Codec.RAW, Codec.ZSTD):
+        name = objects[number] if number < len(objects) else None
+        if name is None or codec not in (Codec.RAW, Codec.ZSTD):
             raise Malformed(f"row {row} has object {number} or codec {codec}, which are none")
         pieces.append(
             Piece(
                 row * ROW_PAGES + page,
                 pages,
-                objects[number],
+                name,
                 offset_bytes,
                 stored_bytes,
                 Codec(codec),
@@ -144,3 +145,15 @@ def unpack(row: int, packed: bytes, objects: Sequence[ObjectName]) -> list[Piece
             )
         )
     return pieces
+
+
+def piece_fault(piece: Piece, last: Piece | None, row: int, pages_end: int) -> str | None:
+    """What is wrong with a piece behind the last one of its row; None: nothing."""
+    if last is not None and (piece.page < last.end or last.goes_on_in(piece)):
+        return f"the piece at page {piece.page} does not begin where one can"
+    if piece.page // ROW_PAGES != row or piece.end > pages_end or piece.pages == 0:
+        return f"the piece at page {piece.page} is not inside its row and the volume"
+    if piece.skip + piece.pages > piece.run_pages:
+        return f"the piece at page {piece.page} is not inside its run"
+    wrong = shape_fault(piece.page - piece.skip, piece.run_pages, piece.codec, piece.stored_bytes)
+    return wrong or source_fault(piece.object.n, piece.offset_bytes, piece.stored_bytes)

@@ -22,6 +22,7 @@ from tierblk.extent import PAGE_BYTES, PAGES_PER_BLOCK
 from tierblk.remote import checkpoint, epoch
 from tierblk.remote.birth import Base, Birth
 from tierblk.remote.extents import ExtentMap
+from tierblk.remote.kept import Changes
 from tierblk.remote.pieces import ROW_PAGES, Hole
 from tierblk.remote.ranges import Ranges
 from tierblk.remote.record import (
@@ -250,6 +251,7 @@ def test_a_map_is_what_its_records_say(count: int, seed: int) -> None:
     born = Birth(UUID_1, SIZES[0], BASE, None, 0)
     model, extents = Model(Head.born(born)), ExtentMap(Head.born(born))
     maps: dict[int, ExtentMap] = {}
+    stored_pairs = Stored()
     for _ in range(count):
         record = draw_record(random, model)
         encoded = epoch.encode(record)
@@ -263,12 +265,51 @@ def test_a_map_is_what_its_records_say(count: int, seed: int) -> None:
         stored = checkpoint.encode(extents)
         loaded = checkpoint.decode(stored, name="a checkpoint")
         assert checkpoint.encode(loaded) == stored
-        if random.random() < 0.3:
-            extents = loaded
-            agree(extents, model, random)
+        restored = stored_pairs.take(extents, random)
+        if restored is not None:
+            assert checkpoint.encode(restored) == stored
+            agree(restored, model, random)
+        extents = random.choice([extents, extents, loaded, restored or extents])
+        agree(extents, model, random)
     # What came later left the copies as they were.
     for number, (head, pages) in model.history.items():
         agree(maps[number], Model(head, pages), random)
+
+
+@dataclass
+class Stored:
+    """The pairs that were taken of a map, as somebody keeps them who may fail to."""
+
+    pairs: dict[bytes, bytes] = field(default_factory=dict)
+
+    def write(self, changes: Changes) -> None:
+        if changes.anew:
+            self.pairs.clear()
+        self.pairs.update(changes.pairs)
+        for key in [key for key, value in self.pairs.items() if not value]:
+            del self.pairs[key]
+
+    def take(self, extents: ExtentMap, random: Random) -> ExtentMap | None:
+        """What can be restored after a take; None: there was none, as when nobody has the time."""
+        if random.random() < 0.3:
+            return None
+        for _ in range(random.choice([0, 0, 1, 2])):
+            changes = extents.take_changes()
+            assert changes is not None
+            extents.put_back(changes)
+        changes = extents.take_changes()
+        assert changes is not None
+        assert not extents.is_changed
+        assert extents.take_changes() is None
+        self.write(changes)
+        shuffled = random.sample(list(self.pairs.items()), len(self.pairs))
+        restored = ExtentMap.restore(shuffled, uuid=extents.head.uuid)
+        assert not restored.is_changed
+        whole = restored.copy().take_changes()
+        assert whole is not None
+        assert whole.anew
+        assert dict(whole.pairs) == self.pairs, "nothing more is kept than what the map is"
+        return restored
 
 
 @effort(examples=200, steps=1)
