@@ -27,11 +27,11 @@ from bench.targets import MIB, make_image, nginx
 from tierblk import config
 from tierblk.cache import Cache
 from tierblk.core import BLOCK_BYTES, Engine, Layer, local_door
-from tierblk.daemon import settle_collector
 from tierblk.errors import TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Base
 from tierblk.remote import Fetcher, RawImage, open_source
+from tierblk.service import settle_collector
 
 CONFIG = """\
 [device]

@@ -1,8 +1,20 @@
 """The local tier: knows disk, never network."""
 
 from tierblk.cache.cache import Cache
+from tierblk.cache.commit import VolumeSource
 from tierblk.cache.evict import Watermarks, commit_is_due, slots_to_evict
+from tierblk.cache.layers import LayerRecord, VolumeChange
 from tierblk.cache.start import StartMode
 from tierblk.cache.throttle import Throttle
 
-__all__ = ["Cache", "StartMode", "Throttle", "Watermarks", "commit_is_due", "slots_to_evict"]
+__all__ = [
+    "Cache",
+    "LayerRecord",
+    "StartMode",
+    "Throttle",
+    "VolumeChange",
+    "VolumeSource",
+    "Watermarks",
+    "commit_is_due",
+    "slots_to_evict",
+]

@@ -164,6 +164,10 @@ class Cache:
         """The record of the volume of that name."""
         return next((r for r in self._records.values() if r.is_volume and r.name == name), None)
 
+    def layer(self, layer_id: int) -> Layer:
+        """That of a record. KeyError: there is none."""
+        return self._layers[layer_id]
+
     def scratch_volumes(self) -> list[str]:
         """The names of those that are gone as soon as their devices are."""
         return [record.name for record in self._records.values() if record.kind == "scratch"]

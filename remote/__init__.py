@@ -17,21 +17,79 @@ A volume in its stores: lineage (those of a clone and of its ancestors), history
 stored (its pages, as a source).
 """
 
+from tierblk.remote.birth import Base as BirthBase
+from tierblk.remote.birth import Birth
+from tierblk.remote.epoch import RECORD_BYTES_MAX, hash_of
+from tierblk.remote.epoch import decode as decode_record
+from tierblk.remote.epoch import encode as encode_record
+from tierblk.remote.extents import ExtentMap
 from tierblk.remote.fetcher import Fetcher, Health
+from tierblk.remote.history import follow, load, write_checkpoint
 from tierblk.remote.image import RawImage
-from tierblk.remote.pace import Priority, Ticket
+from tierblk.remote.kept import Changes
+from tierblk.remote.lineage import Lineage, begin, open_lineage, read_birth
+from tierblk.remote.names import EpochName
+from tierblk.remote.pace import Priority, Ticket, TokenBucket
 from tierblk.remote.race import FetchCounters
+from tierblk.remote.record import (
+    CRC_BYTES,
+    IN_RECORD,
+    INLINE_AT,
+    INLINE_BYTES_MAX,
+    Codec,
+    Data,
+    Head,
+    ObjectName,
+    Record,
+    Run,
+    Zeroes,
+)
 from tierblk.remote.source import Identity, Progress, Source, open_source
+from tierblk.remote.store import Store, prove
+from tierblk.remote.stored import StoredPages
+from tierblk.remote.stores import open_store
 
 __all__ = [
+    "CRC_BYTES",
+    "INLINE_AT",
+    "INLINE_BYTES_MAX",
+    "IN_RECORD",
+    "RECORD_BYTES_MAX",
+    "Birth",
+    "BirthBase",
+    "Changes",
+    "Codec",
+    "Data",
+    "EpochName",
+    "ExtentMap",
     "FetchCounters",
     "Fetcher",
+    "Head",
     "Health",
     "Identity",
+    "Lineage",
+    "ObjectName",
     "Priority",
     "Progress",
     "RawImage",
+    "Record",
+    "Run",
     "Source",
+    "Store",
+    "StoredPages",
     "Ticket",
+    "TokenBucket",
+    "Zeroes",
+    "begin",
+    "decode_record",
+    "encode_record",
+    "follow",
+    "hash_of",
+    "load",
+    "open_lineage",
     "open_source",
+    "open_store",
+    "prove",
+    "read_birth",
+    "write_checkpoint",
 ]

@@ -48,6 +48,7 @@ class ExtentMap:
         self._rows: dict[int, bytes] = {}
         self._zeroes = Ranges()
         self._touched = Touched()
+        self._applies = False  # a record is half in it
         # Objects by their number in the rows; None: the number is free. Live: how many bytes pieces still
         # name.
         self._objects: list[ObjectName | None] = []
@@ -68,6 +69,7 @@ class ExtentMap:
         self._rows, self._zeroes = other._rows, other._zeroes
         self._objects, self._numbers, self._free = other._objects, other._numbers, other._free
         self._live_bytes = other._live_bytes
+        self._touched.everything = True
 
     def fork(self, uuid: UUID) -> ExtentMap:
         """What a clone begins with: this map, for a volume of another uuid, whose next epoch is one more."""
@@ -88,11 +90,25 @@ class ExtentMap:
         rolled_back: the map at record.rolled_back_to, needed (ValueError) when that is not 0. RemoteRefused,
         and nothing is changed: the record does not follow. name: the record's, for the message.
         """
+        for _ in self.applying(record, record_hash, rolled_back=rolled_back, name=name):
+            pass
+
+    def applying(
+        self,
+        record: Record,
+        record_hash: bytes,
+        *,
+        rolled_back: ExtentMap | None = None,
+        name: str | None = None,
+    ) -> Iterator[None]:
+        """As apply, row by row, for who must not be held up. Between two steps pages that the record does not
+        name can be looked up, and nothing is taken (take_changes)."""
         if (rolled_back is None) != (record.rolled_back_to == 0):
             raise ValueError(
                 f"a record that goes back to {record.rolled_back_to} needs the map of then, others none"
             )
         check_follows(self.head, record, rolled_back.head if rolled_back else None, name=name)
+        self._applies = True
         if rolled_back is not None:
             self._take(rolled_back)
         self.head = Head.of(record, record_hash)
@@ -113,11 +129,13 @@ class ExtentMap:
             self._zeroes.remove(run.page, run.end)
         for row, of_row in edits.items():
             self._edit(row, of_row)
+            yield
         self._drop_dead()
         self._touched.head = True
         if self._touched.everything:
             self._touched.forget_parts()
             self._zeroes.touched.clear()
+        self._applies = False
 
     def lookup(self, page: int, pages: int) -> Iterator[Piece | Hole]:
         """The pages in order, as the largest pieces and holes there are. ValueError: not inside the
@@ -162,7 +180,7 @@ class ExtentMap:
     @property
     def is_changed(self) -> bool:
         """Whether take_changes would give something."""
-        return self._touched.everything or self._touched.head
+        return not self._applies and (self._touched.everything or self._touched.head)
 
     def take_changes(self) -> Changes | None:
         """What has to be written so that what was taken so far is this map; None: it is. A map that was not

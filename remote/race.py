@@ -53,6 +53,11 @@ class FetchCounters:
     hedges_won: int = 0
     waiting: int = 0
 
+    def __iadd__(self, other: FetchCounters) -> FetchCounters:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
 
 @dataclass
 class Desk:

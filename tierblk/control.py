@@ -3,9 +3,11 @@
     GET    /v1/daemon          what `DaemonApi.info` says
     GET    /v1/devices         {"devices": [device, ...]}
     GET    /v1/devices/NAME    device
-    POST   /v1/devices         {"config_path": str, "config": document} -> device
-    DELETE /v1/devices/NAME    {"force": bool} -> {"detached": NAME}
+    POST   /v1/devices         {"config_path": str, "config": document, "take_over": bool,
+                               "discard_local": bool} -> device
+    DELETE /v1/devices/NAME    {"force": bool} -> {"detached": NAME, "warning": str or null}
     POST   /v1/devices/NAME/repin  device
+    POST   /v1/devices/NAME/sync   {"wait": bool} -> device
     POST   /v1/stop            {"if_idle": bool} -> {"stopping": bool}; the process ends when all has stopped
 
 Whoever hangs up gives up an attach that runs; everything else goes on without a client.
@@ -28,6 +30,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from tierblk import config
+from tierblk.claim import Wishes
 from tierblk.errors import CacheError, ConfigError, DaemonError, DeviceError, TierblkError
 from tierblk.rundir import END_NAME, INFO_NAME, SOCKET_NAME, socket_address
 
@@ -44,13 +47,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class DaemonApi(Protocol):
     """What the control interface can ask of a daemon. Every method may raise a TierblkError."""
 
-    async def attach(self, config: config.Config) -> Device:
+    async def attach(self, config: config.Config, wishes: Wishes) -> Device:
         """Make the device of a config; returns when it can be opened. "warnings" in it are for the user. One
         that an earlier daemon made by this config, and this one took over, is as good. Cancelled, it leaves
         nothing, or has made the device."""
         ...
 
-    async def detach(self, name: str, *, force: bool = False) -> None:
+    async def sync(self, name: str, *, wait: bool) -> Device:
+        """What was written to a device before the call goes to object storage, and is there when it returns
+        if it is to wait; for one whose volume is not kept there nothing is to be done. A TierblkError when it
+        never will be there."""
+        ...
+
+    async def detach(self, name: str, *, force: bool = False) -> str | None:
         """Stop and delete a device; returns when it is gone. DeviceError if there is none of this name, or,
         without force, when it is in use and the kernel can say so."""
         ...
@@ -107,6 +116,7 @@ class ControlServer:
                 web.get("/v1/devices/{name}", self._device),
                 web.delete("/v1/devices/{name}", self._detach),
                 web.post("/v1/devices/{name}/repin", self._repin),
+                web.post("/v1/devices/{name}/sync", self._sync),
                 web.post("/v1/stop", self._stop),
             ]
         )
@@ -195,7 +205,8 @@ class ControlServer:
             raise DaemonError("the client has hung up")
         self._attaching.add(client)
         try:
-            device = await self.api.attach(config.parse(document, Path(path)))
+            wishes = Wishes(body.get("take_over") is True, body.get("discard_local") is True)
+            device = await self.api.attach(config.parse(document, Path(path)), wishes)
         finally:
             self._attaching.discard(client)
         return web.json_response(device, status=201)
@@ -203,11 +214,16 @@ class ControlServer:
     async def _detach(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         body = await _json_object(request) if request.can_read_body else {}
-        await self.api.detach(name, force=body.get("force") is True)
-        return web.json_response({"detached": name})
+        warning = await self.api.detach(name, force=body.get("force") is True)
+        return web.json_response({"detached": name, "warning": warning})
 
     async def _repin(self, request: web.Request) -> web.Response:
         return web.json_response(await self.api.repin(request.match_info["name"]))
+
+    async def _sync(self, request: web.Request) -> web.Response:
+        body = await _json_object(request) if request.can_read_body else {}
+        device = await self.api.sync(request.match_info["name"], wait=body.get("wait") is True)
+        return web.json_response(device)
 
     async def _stop(self, request: web.Request) -> web.Response:
         body = await _json_object(request) if request.can_read_body else {}

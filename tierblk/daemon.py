@@ -8,11 +8,10 @@ the last commit, then the lock. Everything is decided on one event loop."""
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
-import signal
 import time
+from collections import ChainMap
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,21 +21,21 @@ from typing import Any, TypeVar
 from tierblk import records, takeover
 from tierblk.bases import Bases
 from tierblk.cache import Cache
+from tierblk.claim import Wishes
 from tierblk.config import Config, cache_conflicts
-from tierblk.control import ControlServer, report_end
 from tierblk.core import BLOCK_BYTES, Engine, ublk
 from tierblk.device import Device, Home
 from tierblk.driver import driver_error, stamp_of
-from tierblk.errors import CacheError, DaemonError, DeviceError, TierblkError
+from tierblk.errors import DaemonError, DeviceError, TierblkError
 from tierblk.fill import Fills
-from tierblk.layer import Stack
-from tierblk.ready import Ready
+from tierblk.layer import Filled, Stack
 from tierblk.records import DeviceRecord
 from tierblk.remote import RawImage, open_source
 from tierblk.rundir import run_root
-from tierblk.stacks import Stacks
+from tierblk.stacks import NO_WISHES, Stacks
 from tierblk.takeover import TakeOver
-from tierblk.upkeep import Upkeep
+from tierblk.upkeep import Upkeep, watermarks
+from tierblk.volumes import Volumes, far_of
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,6 @@ T = TypeVar("T")
 
 _CONTROL_THREADS = 16
 """Control commands of ublk that may wait at once; each blocks a thread."""
-
-_COLLECT_EACH = 10_000
-"""Objects more than are dropped, after which the collector looks at the young ones."""
 
 _TAKE_OVER_S = 5.0
 """How long the control socket waits for devices to be taken over; then commands see them as they are."""
@@ -87,13 +83,14 @@ class Daemon:
         engine = cache.engine
         # Fills looks bases up in by_layer, and Bases ends fetches of Fills.
         bases = Bases(cache, self._end_fetches)
-        self._stacks = Stacks(cache, bases, self._executor)
+        marks = watermarks(engine, settings)
+        volumes = Volumes(cache, self._commit, self._end_fetches, reserve_slots=marks.low_slots // 2)
+        self._stacks = Stacks(cache, bases, volumes, self._executor)
         remote = self._config.remote
-        self._fills = Fills(
-            engine, bases.by_layer, remote.max_window // BLOCK_BYTES, readahead=remote.readahead
-        )
+        filled = ChainMap[int, Filled](bases.by_layer, volumes.by_layer)  # type: ignore[arg-type]
+        self._fills = Fills(engine, filled, remote.max_window // BLOCK_BYTES, readahead=remote.readahead)
         self._home = Home(engine, self._executor, stamp_of(cache.uuid.bytes), cache.run_dir)
-        self._upkeep = Upkeep(cache, self._fills, self._config)
+        self._upkeep = Upkeep(cache, self._fills, self._config, volumes)
         self._upkeep.start()
         log.info("serving %s (%s start)", settings.dir, cache.start_mode.value)
         await self._take_over_all()
@@ -101,6 +98,10 @@ class Daemon:
         known, _ = await self._run(records.read_all, cache.run_dir)
         wait = {record.name for record in known} | self._devices.keys() | self._takeovers.keys()
         await self._stacks.drop_orphans(wait)
+
+    async def _commit(self) -> None:
+        assert self._upkeep is not None
+        await self._upkeep.commit()
 
     async def _end_fetches(self, layer_id: int) -> None:
         assert self._fills is not None
@@ -213,10 +214,10 @@ class Daemon:
 
     # -- what can be asked ---
 
-    async def attach(self, config: Config) -> dict[str, Any]:
+    async def attach(self, config: Config, wishes: Wishes = NO_WISHES) -> dict[str, Any]:
         """See control.DaemonApi."""
         self._same_cache(config)
-        return await self._call(self._attach(config), abandon=True)
+        return await self._call(self._attach(config, wishes), abandon=True)
 
     async def _call(self, coroutine: Coroutine[Any, Any, T], *, abandon: bool = False) -> T:
         """What a client asked for, as a task of its own that only a stop of the daemon ends. abandon: or who
@@ -242,7 +243,7 @@ class Daemon:
         """Held while the device of this name is made or changed."""
         return self._names.setdefault(name, asyncio.Lock())
 
-    async def _attach(self, config: Config) -> dict[str, Any]:
+    async def _attach(self, config: Config, wishes: Wishes) -> dict[str, Any]:
         assert self._stacks is not None
         name = config.device.name
         async with self._only_one(name):
@@ -253,7 +254,7 @@ class Daemon:
                     raise DeviceError(f"{name} could not be taken over: {waiting.reason}", hint)
             if name in self._devices:
                 return self._there_already(self._devices[name], config)
-            stack = await self._stacks.open(config, name)
+            stack = await self._stacks.open(config, name, wishes=wishes)
             try:
                 warning = await self._stacks.partition_warning(stack)
                 return await self._make(config, stack, warning)
@@ -346,8 +347,16 @@ class Daemon:
         `status`."""
         self._keep(device.stop(force=True))
 
-    async def detach(self, name: str, *, force: bool = False) -> None:
+    async def sync(self, name: str, *, wait: bool) -> dict[str, Any]:
         """See control.DaemonApi."""
+        device = self._find(name)
+        if (far := far_of(device.stack)) is not None and self._stacks is not None:
+            await self._stacks.volumes.sync(far, wait=wait)
+        return self._shown(device)
+
+    async def detach(self, name: str, *, force: bool = False) -> str | None:
+        """See control.DaemonApi."""
+        warning = None
         if name in self._takeovers:
             waiting = self._takeovers[name]
             if not force:
@@ -363,9 +372,12 @@ class Daemon:
             self._find(name)
             async with self._only_one(name):  # an attach of that name finds all of it, or nothing
                 device = self._find(name)
+                if not force and (far := far_of(device.stack)) is not None and self._stacks is not None:
+                    await self._stacks.volumes.sync_before_detach(far)
                 await device.stop(force=force)
-                await self._forget(device)
+                warning = await self._forget(device, keep_claim=force)
         log.info("%s is detached%s", name, ", whoever used it" if force else "")
+        return warning
 
     async def repin(self, name: str) -> dict[str, Any]:
         """See control.DaemonApi."""
@@ -398,12 +410,13 @@ class Daemon:
             finally:
                 await self._stacks.release(stack, f"{name} (new)")
 
-    async def _forget(self, device: Device) -> None:
+    async def _forget(self, device: Device, *, keep_claim: bool = False) -> str | None:
         assert self._stacks is not None
-        if self._devices.get(device.name) is device:  # a detach and a stop may meet
-            del self._devices[device.name]
-            goes_on = device.state == "handed over"
-            await self._stacks.release(device.stack, device.name, goes_on=goes_on)
+        if self._devices.get(device.name) is not device:  # a detach and a stop may meet
+            return None
+        del self._devices[device.name]
+        goes_on = device.state == "handed over"
+        return await self._stacks.release(device.stack, device.name, goes_on=goes_on, keep_claim=keep_claim)
 
     def _find(self, name: str) -> Device:
         if name in self._takeovers:
@@ -429,6 +442,10 @@ class Daemon:
         """A device, with the cache's own trouble when the remote has none."""
         shown = device.to_dict()
         trouble = self._upkeep.trouble if self._upkeep else None
+        if self._stacks is not None and (far := far_of(device.stack)) is not None:
+            shown["write_back"] = self._stacks.volumes.shown(far)
+            if far.standing.fenced:
+                shown["state"], shown["reason"], shown["read_only"] = "fenced", far.standing.fenced, True
         if shown["state"] == "ok" and trouble:
             shown["state"], shown["reason"] = "degraded", trouble
         return shown
@@ -444,57 +461,3 @@ class Daemon:
             "cache": cache.stats() if cache else {},
             "fills": self._fills.busy if self._fills else 0,
         }
-
-
-def settle_collector() -> None:
-    """What is there when serving begins stays, so the collector need not walk it again; and a miss makes and
-    drops hundreds of objects without cycles, so it need not look that often. A tenth of a miss's CPU."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_COLLECT_EACH, 20, 20)
-
-
-async def _serve(config: Config, ready: Ready) -> None:
-    daemon = Daemon(config)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, daemon.request_stop)
-    loop.add_signal_handler(signal.SIGTERM, partial(daemon.request_stop, hand_over=True))
-    control: ControlServer | None = None
-    try:
-        await daemon.start()
-        control = ControlServer(daemon, daemon.run_dir)
-        await control.start()
-        settle_collector()
-        ready.serves(control.socket_path)
-        await daemon.wait()
-    except BaseException:
-        # Only a stop that somebody asked for takes devices away. Those that were taken over have their users,
-        # who had better wait for a daemon that can serve them than get errors.
-        daemon.request_stop(hand_over=True)
-        raise
-    finally:
-        await _end(daemon, control)
-
-
-async def _end(daemon: Daemon, control: ControlServer | None) -> None:
-    if control is not None:
-        control.withdraw()
-        await daemon.end_calls()  # else the socket's end would wait for who waits for the network
-        await control.close()
-    try:
-        await daemon.stop()
-    except CacheError as error:
-        # All is down, and the next start sorts it out. It is no reason for a keeper or a service manager to
-        # start again what somebody stopped, so it shall not be the exit code.
-        log.error("the cache did not end clean: %s", error)
-        report_end(daemon.run_dir, error)
-
-
-def main(config: Config, ready: Ready) -> int:
-    """Serves the config's cache directory until SIGTERM (devices wait for the next daemon), SIGINT or a
-    request (devices are taken away); returns the exit code: 0, also when the cache could not end clean.
-
-    ready: is told when it serves. Raises TierblkError when it cannot; devices that it had taken
-    over wait on."""
-    asyncio.run(_serve(config, ready))
-    return 0

@@ -296,8 +296,8 @@ class Device:
         assert self._door is not None
         # Both before the first request comes.
         self._door.set_patience(self.config.device.on_outage)
-        if stack.base is not None:
-            stack.base.patiences[self.name] = self.config.device.on_outage
+        for layer in stack.filled:
+            layer.patiences[self.name] = self.config.device.on_outage
 
     def _on_end(self, end_fd: int, on_end: Callable[[Device], None]) -> None:
         """One of the queues has ended; the others follow at once."""

@@ -15,11 +15,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Volume:
-    """What was written to a device. mode: "scratch" or "local"."""
+    """What was written to a device. mode: "scratch", "local", or "write-back"; far: of the last, what fills
+    it."""
 
     name: str
     mode: str
     layer: Layer
+    far: Filled | None = None
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,24 @@ class Stack:
 
     @property
     def counters(self) -> FetchCounters:
-        """What was fetched."""
-        return self.base.fetcher.counters if self.base else FetchCounters()
+        """What was fetched, of all layers."""
+        total = FetchCounters()
+        for layer in self.filled:
+            total += layer.fetcher.counters
+        return total
+
+    @property
+    def filled(self) -> list[Filled]:
+        """Its layers that are fetched."""
+        far = self.volume.far if self.volume else None
+        return [layer for layer in (self.base, far) if layer is not None]
 
     def health(self) -> Health:
-        """How the image's remote does; without one all is well."""
-        if self.base is not None:
-            return self.base.health()
+        """How its remotes do, the one that does worse first; without one all is well."""
+        healths = [layer.health() for layer in self.filled]
+        healths.sort(key=lambda health: health["state"] == "ok")
+        if healths:
+            return healths[0]
         return {"state": "ok", "since": None, "reason": None, "next_try_s": None, "waiting": 0}
 
     @property

@@ -10,20 +10,25 @@ from concurrent.futures import Executor
 from tierblk import partition
 from tierblk.bases import Bases
 from tierblk.cache import Cache, StartMode
+from tierblk.claim import Wishes
 from tierblk.config import WRITE_BACK, Config
 from tierblk.core import LocalDoor
-from tierblk.errors import CacheError, ConfigError, DeviceError
+from tierblk.errors import CacheError, DeviceError
 from tierblk.layer import Stack, Volume
 from tierblk.remote import Identity
+from tierblk.volumes import Volumes, far_of
 
 log = logging.getLogger(__name__)
+
+NO_WISHES = Wishes()
 
 
 class Stacks:
     """Opens and closes stacks. All of it belongs to the event loop."""
 
-    def __init__(self, cache: Cache, bases: Bases, executor: Executor) -> None:
+    def __init__(self, cache: Cache, bases: Bases, volumes: Volumes, executor: Executor) -> None:
         self.bases = bases
+        self.volumes = volumes
         self._cache = cache
         self._executor = executor
 
@@ -35,20 +40,15 @@ class Stacks:
         pin: Identity | None = None,
         fresh: bool = False,
         goes_on: bool = False,
+        wishes: Wishes = NO_WISHES,
     ) -> Stack:
         """The stack of a config, counted as used by `user` until `release`.
 
         pin, fresh: of the base, see Bases.open; a volume that is there already pins the version that it was
-        written over. goes_on: the device was there before, so a scratch volume is not begun anew.
-        TierblkError."""
+        written over. goes_on: the device was there before, so a scratch volume is not begun anew, and no
+        store is asked. wishes: of a volume in object storage. TierblkError."""
         name = config.device.name
         wanted, known = config.volume, None
-        if wanted is not None and wanted.mode == WRITE_BACK:
-            # As any other volume it would be local, and its user would rely on a copy that is nowhere.
-            raise ConfigError(
-                f"{name} cannot be attached: volumes in object storage are not served yet",
-                'volume.mode = "local" keeps what is written on this machine',
-            )
         if wanted is not None and goes_on and self._cache.start_mode not in (StartMode.WARM, StartMode.CLEAN):
             raise DeviceError(
                 f"what is on {name} may be older than what its users saw: the cache's block maps are lost",
@@ -59,6 +59,8 @@ class Stacks:
             if known is not None and known.kind == "scratch" and not goes_on:
                 await self._cache.drop_volume(name)  # of a device that is gone
                 known = None
+        if wanted is not None and wanted.mode == WRITE_BACK:
+            return await self._open_far(config, user, pin, goes_on=goes_on, wishes=wishes)
         if known is not None and known.base is not None and config.base is not None:
             if known.url != config.base.url:
                 raise CacheError(
@@ -81,6 +83,32 @@ class Stacks:
                 await self.bases.release(base, user)
             raise
 
+    async def _open_far(
+        self, config: Config, user: str, pin: Identity | None, *, goes_on: bool, wishes: Wishes
+    ) -> Stack:
+        """With a volume in object storage, which says what it lies over."""
+        name = config.device.name
+        found = None if goes_on else await self.volumes.find(config, name, wishes)
+        try:
+            if found is not None:
+                pin = found.base
+            base = await self.bases.open(config, user, pin=pin) if config.base else None
+        except BaseException:
+            if found is not None:
+                await found.aclose()
+            raise
+        try:
+            identity = base.image.identity if base else None
+            if found is None:
+                far = await self.volumes.go_on(config, name)
+            else:
+                far = await self.volumes.open(found, config, name, identity, wishes)
+        except BaseException:
+            if base is not None:
+                await self.bases.release(base, user)
+            raise
+        return Stack(base, Volume(name, WRITE_BACK, far.layer, far), far.layer.size_bytes)
+
     async def forget(self, name: str) -> None:
         """The device of that name is gone, and with it its volume if that is a scratch one. CacheError."""
         if name in self._cache.scratch_volumes():
@@ -97,11 +125,18 @@ class Stacks:
                 except CacheError as error:  # its slots stay taken; everything else can be served
                     log.error("%s", error)
 
-    async def release(self, stack: Stack, user: str, *, goes_on: bool = False) -> None:
-        """One user less. goes_on: the device waits for the next daemon; else a scratch volume is gone."""
+    async def release(
+        self, stack: Stack, user: str, *, goes_on: bool = False, keep_claim: bool = False
+    ) -> str | None:
+        """One user less. goes_on: the device waits for the next daemon; else a scratch volume is gone, and
+        one in object storage is given back with all that was written, or kept if that cannot be or is not
+        wanted (keep_claim): then a sentence says so."""
         try:
+            if (far := far_of(stack)) is not None:
+                return await self.volumes.release(far, goes_on=goes_on, keep_claim=keep_claim)
             if stack.volume is not None and not goes_on:
                 await self.forget(stack.volume.name)
+            return None
         finally:
             if stack.base is not None:
                 await self.bases.release(stack.base, user)
@@ -110,13 +145,12 @@ class Stacks:
         """Reads the partition table as the kernel will, so that all of it is cached when the kernel does,
         whose wait nobody can end. A remote that does not answer is an error as soon as the retries are used
         up, whatever the device's patience."""
-        if stack.base is None:
+        if not stack.filled:
             return None  # nothing of it can be anywhere but here
         size_bytes = stack.size_bytes
         volume = stack.volume.layer if stack.volume else None
-        door = LocalDoor(
-            self._cache.engine, stack.base.layer, volume=volume, size_bytes=size_bytes, queue_depth=4
-        )
+        base = stack.base.layer if stack.base else None
+        door = LocalDoor(self._cache.engine, base, volume=volume, size_bytes=size_bytes, queue_depth=4)
         door.set_patience(0)
         try:
             head = await self._read(door, 0, min(partition.HEAD_BYTES, size_bytes))
@@ -129,7 +163,8 @@ class Stacks:
                 except StopIteration:
                     wanted = None
         except OSError as error:
-            raise stack.base.trouble or DeviceError(f"cannot read {stack.shown}: {error}") from None
+            trouble = next((each.trouble for each in stack.filled if each.trouble), None)
+            raise trouble or DeviceError(f"cannot read {stack.shown}: {error}") from None
         finally:
             door.drain()
             door.quit()

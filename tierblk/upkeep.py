@@ -8,11 +8,12 @@ from errno import EIO, ENOSPC
 from typing import Any
 
 from tierblk.cache import Cache, Throttle, Watermarks, commit_is_due, slots_to_evict
-from tierblk.config import Config
-from tierblk.core import BLOCK_BYTES, EVICT, EVICTED, FLUSH, NEED_SPACE, Record
-from tierblk.errors import TierblkError
+from tierblk.config import CacheSettings, Config
+from tierblk.core import BLOCK_BYTES, EVICT, EVICTED, FLUSH, NEED_SPACE, Engine, Record
+from tierblk.errors import CacheError, TierblkError
 from tierblk.fill import Fills
 from tierblk.units import format_size
+from tierblk.volumes import Volumes
 
 log = logging.getLogger(__name__)
 
@@ -20,18 +21,22 @@ _BEAT_S = 1.0
 _LOOK_AGAIN_S = 0.01
 
 
+def watermarks(engine: Engine, settings: CacheSettings) -> Watermarks:
+    """How many slots of a cache should be free."""
+    return Watermarks.of(engine.slot_count - 1, settings.free_low_percent, settings.free_high_percent)
+
+
 class Upkeep:
     """Serves the events of a cache's engine from `start` to `stop`. All of it runs on the event loop."""
 
-    def __init__(self, cache: Cache, fills: Fills, config: Config) -> None:
-        """config: of the daemon; its [cache] and [daemon] count."""
+    def __init__(self, cache: Cache, fills: Fills, config: Config, volumes: Volumes | None = None) -> None:
+        """config: of the daemon; its [cache] and [daemon] count. volumes: in object storage, if there can be
+        any."""
         self._cache = cache
         self._fills = fills
+        self._volumes = volumes
         self._config = config
-        settings = config.cache
-        self._marks = Watermarks.of(
-            cache.engine.slot_count - 1, settings.free_low_percent, settings.free_high_percent
-        )
+        self._marks = watermarks(cache.engine, config.cache)
         self._evicting_slots = 0
         self._throttle = Throttle(self._marks)
         self._pace_per_s: float | None = None
@@ -70,6 +75,7 @@ class Upkeep:
             refusal
             or self._commit_failure
             or self._fills.slot_write_failure
+            or self._upload_trouble()
             or self._fullness()
             or self._slowness()
         )
@@ -81,6 +87,10 @@ class Upkeep:
             "volumes are written faster than room is made for them: what is new is slowed down to "
             f"{format_size(round(self._pace_per_s) * BLOCK_BYTES)} of slots a second"
         )
+
+    def _upload_trouble(self) -> str | None:
+        trouble = self._volumes.trouble if self._volumes else None
+        return f"{trouble}: what is written is kept here until it gets through" if trouble else None
 
     def _fullness(self) -> str | None:
         """That volumes have taken so much that the next write may find no room."""
@@ -110,6 +120,8 @@ class Upkeep:
                 self._make_space(may_evict=event.value > 0)
             elif event.kind == NEED_SPACE:
                 self._make_space()
+            elif event.kind == FLUSH and event.layer and self._volumes:
+                self._keep(self._volumes.flushed(event.layer))
             elif event.kind == FLUSH:
                 self._keep(self._flush())
 
@@ -119,6 +131,7 @@ class Upkeep:
         stats = engine.stats()
         free, quarantined = stats["free"], stats["quarantined"]
         self._set_pace(stats)
+        comes_free = bool(self._volumes and free < self._marks.low_slots and self._volumes.hurry())
         count = slots_to_evict(
             self._marks,
             total=stats["slots"],
@@ -131,13 +144,18 @@ class Upkeep:
             engine.push([Record(EVICT, value=count)])
         elif commit_is_due(self._marks, free=free, quarantined=quarantined):
             self._keep(self._commit())
-        elif stats["needy"] and free:
+        elif stats["needy"] and free > self._reserve_slots:
             engine.no_space(0)  # they look again
         elif stats["needy"] and not (quarantined or self._evicting_slots):
-            if stats["volume_slots"] + stats["bad"] >= stats["slots"]:
+            taken = stats["volume_slots"] + stats["pinned"] + stats["bad"] + self._reserve_slots
+            if taken >= stats["slots"] and not comes_free:
                 engine.no_space(ENOSPC)
             else:  # what is being read or filled at the moment can go soon
                 self._look_again_in(_LOOK_AGAIN_S)
+
+    @property
+    def _reserve_slots(self) -> int:
+        return self._volumes.reserve_slots if self._volumes else 0
 
     def _set_pace(self, stats: dict[str, int]) -> None:
         """Writers take new slots no faster than they are freed, when few are left."""
@@ -171,6 +189,11 @@ class Upkeep:
                 error = 0
         finally:
             engine.end_flushes(flushes, error=error)
+
+    async def commit(self) -> None:
+        """All is durable that was there before the call. CacheError."""
+        if not await self._commit():
+            raise CacheError(self._commit_failure or "the index could not be written")
 
     async def _commit(self) -> bool:
         """Whether all is durable that was there before."""

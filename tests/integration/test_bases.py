@@ -16,10 +16,9 @@ import pytest
 
 from tests.faults import FaultServer
 from tests.faults.readpath import DEVICE, ReadPath, open_path, settings
-from tierblk import config
 from tierblk.bases import Bases
 from tierblk.cache import Cache
-from tierblk.errors import ConfigError, RemoteUnavailable
+from tierblk.errors import RemoteUnavailable
 from tierblk.layer import Stack
 from tierblk.partition import HEAD_BYTES
 from tierblk.stacks import Stacks
@@ -55,7 +54,8 @@ async def warning_of(path: ReadPath) -> str | None:
         cache = cast(Cache, SimpleNamespace(engine=path.engine))
         async with asyncio.timeout(LIMIT_S):
             stack = Stack(path.base, None, path.base.image.size_bytes)
-            return await Stacks(cache, Bases(cache, nothing), executor).partition_warning(stack)
+            stacks = Stacks(cache, Bases(cache, nothing), cast(Any, None), executor)
+            return await stacks.partition_warning(stack)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,3 @@ async def test_a_server_that_is_gone_after_the_head_is_an_error_at_the_speed_of_
         with pytest.raises(RemoteUnavailable, match="status 503"):
             await warning_of(path)
         await path.close()
-
-
-async def test_a_volume_in_object_storage_is_no_local_one() -> None:
-    document = {
-        "device": {"name": "web-1"},
-        "volume": {"mode": "write-back", "url": "s3://bucket/web-1"},
-        "cache": {"dir": "/c", "size": "16MiB"},
-    }
-    nothing = cast(Any, None)  # neither a cache nor a base is asked
-    with pytest.raises(ConfigError, match=r"web-1 cannot be attached: .* not served yet"):
-        await Stacks(nothing, nothing, nothing).open(config.parse(document, Path("/x.toml")), "user")

@@ -26,7 +26,7 @@ import sys
 class Finder:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name == "tierblk.daemon":
+        if name == "tierblk.service":
             return importlib.util.spec_from_file_location(name, {fake!r})
 
 

@@ -1,4 +1,4 @@
-"""Stands in for tierblk.daemon in processes of the command line's tests: real socket, real lock, no kernel.
+"""Stands in for tierblk.service in processes of the command line's tests: real socket, real lock, no kernel.
 
 A `sitecustomize.py` puts it in place, see `cli_harness.py`. Devices are plain files beside the cache.
 FAKE_DAEMON in the environment: "refuse" (cannot start), "crash" (ends without a word), "unclean" (its cache
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.control import ControlServer, report_end
 from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable
@@ -35,7 +36,7 @@ class FakeDaemon:
         self.may_detach = asyncio.Event()
         self._devices: dict[str, dict[str, Any]] = {}
 
-    async def attach(self, config: Config) -> dict[str, Any]:
+    async def attach(self, config: Config, wishes: Wishes) -> dict[str, Any]:
         name = config.device.name
         if name in self._devices:
             raise DaemonError(f"{name} is attached already", "use it")
@@ -90,6 +91,9 @@ class FakeDaemon:
         Path(self.device(name)["path"]).unlink()
         del self._devices[name]
 
+    async def sync(self, name: str, *, wait: bool) -> dict[str, Any]:
+        return self.device(name)
+
     async def repin(self, name: str) -> dict[str, Any]:
         return self.device(name)
 
@@ -137,7 +141,7 @@ async def serve(config: Config, ready: Ready) -> None:
 
 
 def main(config: Config, ready: Ready) -> int:
-    """As tierblk.daemon.main."""
+    """As tierblk.service.main."""
     behaviour = os.environ.get("FAKE_DAEMON", "")
     if behaviour == "refuse":
         raise CacheError(f"{config.cache.dir} was made by a newer tierblk", "update tierblk")

@@ -12,9 +12,9 @@ import pytest
 
 from tests.cache_rig import make_engine, run_directory, settings
 from tierblk import config as configs
-from tierblk import daemon as daemons
-from tierblk import driver
+from tierblk import driver, service
 from tierblk.cache import Cache
+from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.control import ControlServer
 from tierblk.daemon import Daemon
@@ -83,7 +83,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StubDevice:
 
 async def serve(config: Config) -> None:
     async with asyncio.timeout(LIMIT_S):
-        await daemons._serve(config, Ready(None))
+        await service._serve(config, Ready(None))
 
 
 async def test_a_daemon_that_cannot_serve_leaves_the_devices_that_it_took_over(
@@ -163,7 +163,7 @@ async def test_what_cleans_up_behind_an_attach_is_not_cancelled_by_a_stop(
     """The client that gave it up stops the daemon, if it was started for it."""
     begun, given_up, may_end, clean = (asyncio.Event() for _ in range(4))
 
-    async def attach(self: Daemon, config: Config) -> dict[str, Any]:
+    async def attach(self: Daemon, config: Config, wishes: Wishes) -> dict[str, Any]:
         begun.set()
         try:
             await asyncio.Event().wait()

@@ -32,6 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the daemon in this process; SIGTERM leaves the device to the next one, Ctrl-C detaches it",
     )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take a volume from a host that is gone without detaching it; that host can write no more",
+    )
+    parser.add_argument(
+        "--discard-local",
+        action="store_true",
+        help="lose what was written here and is not in object storage, and go back to the last epoch",
+    )
     # The child of --foreground: waits at this pipe for its parent's daemon instead of starting one.
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     add_json(parser)
@@ -50,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     for _ in range(3):
         daemon, started = starting.running_or_started(loaded, timeout_s=args.timeout_s, debug=args.debug)
         try:
-            device = daemon.request("POST", "/v1/devices", _body(loaded), _patience_s(loaded))
+            device = daemon.request("POST", "/v1/devices", _body(loaded, args), _patience_s(loaded))
             break
         except DeadSocket:
             continue  # it stopped between being found and being asked
@@ -64,8 +74,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _body(loaded: Config) -> dict[str, Any]:
-    return {"config_path": str(loaded.path), "config": loaded.to_document()}
+def _body(loaded: Config, args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "config_path": str(loaded.path),
+        "config": loaded.to_document(),
+        "take_over": args.take_over,
+        "discard_local": args.discard_local,
+    }
 
 
 def _patience_s(loaded: Config) -> float:
@@ -99,7 +114,8 @@ def _foreground(loaded: Config, args: argparse.Namespace) -> int:
         )
     ready_read, ready_write = os.pipe()
     arguments = ["attach", str(loaded.path), "--ready-fd", str(ready_read), "--timeout", f"{args.timeout_s}s"]
-    arguments += [flag for flag in ("--json", "--debug") if getattr(args, flag[2:])]
+    flags = ("--json", "--debug", "--take-over", "--discard-local")
+    arguments += [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
     helper = subprocess.Popen(starting.command(*arguments), stdin=subprocess.DEVNULL, pass_fds=(ready_read,))
     os.close(ready_read)
     ready = Ready(ready_write)
@@ -123,7 +139,7 @@ def _helper(loaded: Config, args: argparse.Namespace) -> int:
     if daemon is None:
         return 0
     try:
-        device = daemon.request("POST", "/v1/devices", _body(loaded), _patience_s(loaded))
+        device = daemon.request("POST", "/v1/devices", _body(loaded, args), _patience_s(loaded))
         finish(device, json=args.json)
     except DeadSocket:
         return 0

@@ -1,4 +1,5 @@
-"""Takes a device away; what is cached stays. Refuses while the device is mounted or otherwise held.
+"""Takes a device away; what is cached stays. Refuses while the device is mounted or otherwise held. What was
+written to a volume in object storage is uploaded first, and the volume can be attached anywhere then.
 
 With --force whoever uses it gets I/O errors, also readers that wait for a remote that does not answer; and it
 works for a device whose daemon has ended. With --json: {"detached": NAME}.
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from tierblk.cli import blockdev, orphans
+from tierblk.cli import blockdev, orphans, sync
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.client import DeadSocket, device_path, find_device
-from tierblk.cli.output import put_json
+from tierblk.cli.output import put_json, warn
 from tierblk.errors import DaemonError, DeviceError
 
 NAME = "detach"
@@ -50,7 +51,13 @@ def _ask_daemon(args: argparse.Namespace) -> None:
     if not args.force:
         blockdev.settle()  # or udev's own look at the device would make it busy
         blockdev.ensure_free(str(device.get("path")))
+        if device.get("write_back"):
+            sync.wait(daemon, device)  # Ctrl-C here leaves everything as it was
     try:
-        daemon.request("DELETE", device_path(args.name), {"force": args.force}, timeout_s=args.timeout_s)
+        answer = daemon.request(
+            "DELETE", device_path(args.name), {"force": args.force}, timeout_s=args.timeout_s
+        )
     except DeadSocket:
         raise DaemonError(f"{daemon} ended while it was asked") from None
+    if answer.get("warning"):
+        warn(str(answer["warning"]))

@@ -12,7 +12,20 @@ import traceback
 from collections.abc import Sequence
 
 import tierblk
-from tierblk.cli import attach, cache, check, completion, detach, doctor, reap, repin, serve, status, stop
+from tierblk.cli import (
+    attach,
+    cache,
+    check,
+    completion,
+    detach,
+    doctor,
+    reap,
+    repin,
+    serve,
+    status,
+    stop,
+    sync,
+)
 from tierblk.cli import list as list_
 from tierblk.cli.output import complain, put_json
 from tierblk.errors import TierblkError
@@ -24,7 +37,7 @@ exit codes:
 """
 
 # In the order in which one meets them. Each module has NAME, HELP, add_arguments(parser) and run(args).
-VERBS = (attach, detach, list_, status, repin, stop, reap, check, cache, doctor, completion)
+VERBS = (attach, detach, list_, status, sync, repin, stop, reap, check, cache, doctor, completion)
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

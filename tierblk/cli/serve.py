@@ -65,7 +65,7 @@ def serve(loaded: Config, ready: Ready, *, debug: bool) -> int:
     )
     os.chdir("/")  # no directory stays busy because a daemon was started in it
     try:
-        from tierblk.daemon import main
+        from tierblk.service import main
 
         return main(loaded, ready)
     except TierblkError as error:

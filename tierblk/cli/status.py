@@ -110,6 +110,8 @@ def _put_device(device: dict[str, Any]) -> None:
     if device.get("volume"):
         kept = format_size(number.get("volume_bytes", 0))
         put(f"  volume    {size}, {device['volume']}, {kept} of it in the cache directory")
+    if isinstance(far := device.get("write_back"), dict):
+        _put_write_back(far)
     if device.get("recovered"):
         put(f"  recovered {ago(device['recovered'])}: an earlier daemon made it; numbers count from there")
     if "requests" not in device:  # nobody serves it, so nobody counts
@@ -138,6 +140,15 @@ def _put_writes(device: dict[str, Any], number: dict[str, int]) -> None:
     flushes, commits = number.get("flush_requests", 0), number.get("flush_commits", 0)
     put(f"  flushes   {flushes}, {commits} waited for the index{_latency(device, 'flush')}")
     put(f"  discarded {format_size(number.get('discard_bytes', 0))}")
+
+
+def _put_write_back(far: dict[str, Any]) -> None:
+    """Where the volume in object storage stands, and what would be lost with this machine."""
+    dirty = int(far.get("dirty_bytes") or 0)
+    since = f", since {ago(far['dirty_since'])}" if dirty and far.get("dirty_since") else ""
+    put(f"  store     {far.get('url')}, epoch {far.get('epoch')}")
+    put(f"  dirty     {format_size(dirty)} are only here{since}")
+    put(f"  uploaded  {format_size(int(far.get('put_bytes') or 0))} in {far.get('put_requests', 0)} requests")
 
 
 def _put_trouble(device: dict[str, Any], number: dict[str, int]) -> None:

@@ -1,0 +1,380 @@
+"""Volumes in object storage on hosts that share a store in a folder: what comes back, who may write, and what
+is kept through kills, lost answers and outages."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from errno import EROFS
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cache_rig import run_directory
+from tests.far_rig import TIMEOUT_S, Host, config_of
+from tests.far_store import FarStore
+from tierblk import claim
+from tierblk.claim import Wishes
+from tierblk.core import BLOCK_BYTES, PAGE_BYTES
+from tierblk.errors import CacheError, RemoteRefused, RemoteUnavailable
+from tierblk.remote import RECORD_BYTES_MAX, EpochName, decode_record
+from tierblk.units import MIB
+from tierblk.writeback import Fenced
+
+SIZE = 8 * MIB
+
+
+class World:
+    """A store and any number of hosts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = f"file://{folder}/store"
+        self.store = FarStore(self.url)
+        self.hosts: list[Host] = []
+
+    async def host(self, name: str = "a", **volume: Any) -> Host:
+        """Started; the same name again is the same cache directory."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        host = await Host.start(config_of(folder, self.url, **volume), self.folder / "run")
+        self.hosts.append(host)
+        return host
+
+    async def attached(self, name: str = "a", wishes: Wishes | None = None, **volume: Any) -> Host:
+        host = await self.host(name, **volume)
+        await host.attach(wishes or Wishes())
+        return host
+
+    async def stop(self, host: Host) -> None:
+        self.hosts.remove(host)
+        await host.stop()
+
+    async def kill(self, host: Host) -> None:
+        self.hosts.remove(host)
+        await host.kill()
+
+    async def record(self, epoch: int) -> Any:
+        name = str(EpochName(epoch))
+        data = await self.store.inner.read(name, RECORD_BYTES_MAX)
+        return None if data is None else decode_record(data, name=name)
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    with run_directory(tmp_path) as run:
+        world = World(tmp_path)
+        (tmp_path / "run").symlink_to(run)
+
+        async def open_store(*_: object) -> FarStore:
+            return world.store
+
+        monkeypatch.setattr(claim, "open_store", open_store)
+        yield world
+        world.store.down = False
+        world.store.before = world.store.after = None
+        world.store.go.set()
+        for host in list(world.hosts):
+            await world.kill(host)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """The loop does what it has to meanwhile."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+def changed(content: bytearray, rng: random.Random, count: int) -> list[tuple[int, bytes]]:
+    """Writes of all alignments, made in `content` too."""
+    writes = []
+    for _ in range(count):
+        length = rng.choice([512, 1024, 4096, 8192, 65536, 100 * 512])
+        at = rng.randrange(0, (len(content) - length) // 512) * 512
+        data = rng.randbytes(length)
+        content[at : at + length] = data
+        writes.append((at, data))
+    return writes
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+async def test_what_was_written_comes_back_on_another_host(world: World, compression: str) -> None:
+    rng = random.Random(1)
+    content = bytearray(SIZE)
+    a = await world.attached("a", compression=compression)
+    for _ in range(4):
+        for at, data in changed(content, rng, 40):
+            await a.write(at, data)
+        at = rng.randrange(0, SIZE // BLOCK_BYTES - 4) * BLOCK_BYTES
+        a.door.discard(at, 3 * BLOCK_BYTES)
+        content[at : at + 3 * BLOCK_BYTES] = bytes(3 * BLOCK_BYTES)
+        await a.write(0, b"compress me " * 10_240)
+        content[:122_880] = b"compress me " * 10_240
+        await a.sync()
+    assert await a.content() == content
+    assert await a.detach() is None
+    b = await world.attached("b")
+    assert await b.content() == content
+    await b.evict()
+    assert await b.content() == content
+    asked = world.store.asked["read_into"]
+    assert asked
+    assert await b.content() == content
+    assert world.store.asked["read_into"] == asked, "what was read is cached"
+
+
+async def test_an_epoch_is_what_was_there_at_its_seal(world: World) -> None:
+    a = await world.attached("a")
+    await a.write(0, b"1" * BLOCK_BYTES)
+    await a.write(BLOCK_BYTES, b"1" * PAGE_BYTES)
+    world.store.go.clear()
+    syncing = asyncio.create_task(a.sync())
+    await until(lambda: world.store.asked["create"] >= 10)  # eight for the proof, the claim, the epoch
+    await a.write(0, b"2" * PAGE_BYTES)
+    a.door.discard(BLOCK_BYTES, PAGE_BYTES)
+    world.store.go.set()
+    await syncing
+    assert await a.read(0, 2 * PAGE_BYTES) == b"2" * PAGE_BYTES + b"1" * PAGE_BYTES
+    await world.kill(a)
+    b = await world.attached("b", Wishes(take_over=True))
+    assert await b.read(0, BLOCK_BYTES) == b"1" * BLOCK_BYTES
+    assert await b.read(BLOCK_BYTES, PAGE_BYTES) == b"1" * PAGE_BYTES
+
+
+async def test_an_idle_volume_sends_nothing_and_a_small_epoch_is_one_put(world: World) -> None:
+    a = await world.attached("a")
+    before = world.store.asked.total()
+    await a.sync()
+    await asyncio.sleep(0)
+    assert world.store.asked.total() == before
+    for page in range(100):
+        await a.write(page * 3 * PAGE_BYTES, random.randbytes(PAGE_BYTES))
+    sent = world.store.created_bytes
+    await a.sync()
+    assert world.store.asked.total() == before + 1
+    assert world.store.created_bytes - sent < 1.1 * 100 * PAGE_BYTES
+    await a.sync()
+    assert world.store.asked.total() == before + 1
+
+
+async def test_a_killed_daemon_goes_on_with_its_map(world: World) -> None:
+    rng = random.Random(2)
+    content = bytearray(SIZE)
+    a = await world.attached("a")
+    for at, data in changed(content, rng, 30):
+        await a.write(at, data)
+    await a.sync()
+    for at, data in changed(content, rng, 30):
+        await a.write(at, data)
+    await world.kill(a)
+    world.store.down = True
+    a = await world.host("a")
+    await a.attach(goes_on=True)  # without the network
+    written = random.Random(3).randbytes(BLOCK_BYTES)
+    await a.write(5 * BLOCK_BYTES, written)
+    content[5 * BLOCK_BYTES : 6 * BLOCK_BYTES] = written
+    world.store.down = False
+    assert await a.content() == content
+    await until(lambda: a.far.lineage is not None)
+    await a.sync()
+    await world.stop(a)
+    b = await world.attached("b")
+    assert await b.content() == content
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+async def test_a_kill_around_the_record_loses_nothing(world: World, where: str) -> None:
+    """Before the record is created, or when it is and nobody here knows (R16: adopted, R13: replayed)."""
+    a = await world.attached("a")
+    await a.write(0, b"1" * BLOCK_BYTES)
+    await a.sync()
+    head = a.far.extents.head.epoch
+    await a.write(0, b"2" * 2 * PAGE_BYTES)
+
+    def fail(method: str, name: str) -> None:
+        if method == "create" and name.startswith("epoch/"):
+            raise RemoteUnavailable("the answer is lost")
+
+    setattr(world.store, where, fail)
+    syncing = asyncio.create_task(a.sync())
+    await until(lambda: a.volumes.trouble is not None)
+    await a.write(PAGE_BYTES, b"3" * PAGE_BYTES)
+    await world.kill(a)
+    syncing.cancel()
+    await asyncio.gather(syncing, return_exceptions=True)
+    world.store.before = world.store.after = None
+    assert (await world.record(head + 1) is not None) == (where == "after")
+    a = await world.host("a")
+    await a.attach(goes_on=True)
+    expected = b"2" * PAGE_BYTES + b"3" * PAGE_BYTES + b"1" * (BLOCK_BYTES - 2 * PAGE_BYTES)
+    assert await a.read(0, BLOCK_BYTES) == expected
+    await until(lambda: a.far.lineage is not None)
+    await a.sync()
+    assert await a.read(0, BLOCK_BYTES) == expected
+    await world.stop(a)
+    b = await world.attached("b")
+    assert await b.read(0, BLOCK_BYTES) == expected
+
+
+async def test_an_answer_that_is_lost_is_no_foreign_writer(world: World) -> None:
+    a = await world.attached("a")
+    await a.write(0, b"1" * BLOCK_BYTES)
+    lost = iter([True, True, False])
+
+    def lose(method: str, name: str) -> None:
+        if method == "create" and next(lost, False):
+            raise RemoteUnavailable("the answer is lost")
+
+    world.store.after = lose
+    await a.sync()
+    assert not a.far.standing.fenced
+    assert a.far.layer.dirty_pages() == 0
+    assert a.far.extents.head.epoch == 2
+
+
+async def test_another_host_is_refused_until_it_takes_over(world: World) -> None:
+    a = await world.attached("a")
+    await a.write(0, b"a" * PAGE_BYTES)
+    await a.sync()
+    b = await world.host("b")
+    with pytest.raises(RemoteRefused, match=r"is held by .*, which made its epoch 2") as refused:
+        await b.attach()
+    assert "--take-over" in str(refused.value.hint)
+    await b.attach(Wishes(take_over=True))
+    assert await b.read(0, PAGE_BYTES) == b"a" * PAGE_BYTES
+    await b.write(0, b"b" * PAGE_BYTES)
+    await b.sync()
+    # The old one does not know yet.
+    await a.write(PAGE_BYTES, b"x" * PAGE_BYTES)
+    with pytest.raises(Fenced, match=r"epoch 3 was made by .*: another host has taken it over"):
+        await a.sync()
+    with pytest.raises(OSError) as error:  # noqa: PT011
+        await a.write(0, b"y" * PAGE_BYTES)
+    assert error.value.errno == EROFS
+    with pytest.raises(OSError):  # noqa: PT011
+        await a.flush()
+    assert await a.read(0, 2 * PAGE_BYTES) == b"a" * PAGE_BYTES + b"x" * PAGE_BYTES
+    assert await b.read(0, 2 * PAGE_BYTES) == b"b" * PAGE_BYTES + bytes(PAGE_BYTES)
+    await world.stop(a)
+    # It comes back: what is dirty there is of another history (R18).
+    a = await world.host("a")
+    for wishes in (Wishes(), Wishes(take_over=True)):
+        with pytest.raises((RemoteRefused, CacheError)):
+            await a.attach(wishes)
+    await b.detach()
+    with pytest.raises(CacheError, match=r"4 KiB were written to vol here, and then another host took"):
+        await a.attach()
+    await a.attach(Wishes(discard_local=True))
+    assert await a.read(0, 2 * PAGE_BYTES) == b"b" * PAGE_BYTES + bytes(PAGE_BYTES)
+
+
+async def test_what_is_clean_stays_cached_over_a_hop_and_what_changed_does_not(world: World) -> None:
+    a = await world.attached("a")
+    content = bytearray(random.Random(5).randbytes(SIZE))
+    for at in range(0, SIZE, BLOCK_BYTES):
+        await a.write(at, bytes(content[at : at + BLOCK_BYTES]))
+    await a.detach()
+    b = await world.attached("b")
+    await b.write(3 * BLOCK_BYTES, b"b" * PAGE_BYTES)
+    b.door.discard(9 * BLOCK_BYTES, BLOCK_BYTES)
+    await b.detach()
+    content[3 * BLOCK_BYTES : 3 * BLOCK_BYTES + PAGE_BYTES] = b"b" * PAGE_BYTES
+    content[9 * BLOCK_BYTES : 10 * BLOCK_BYTES] = bytes(BLOCK_BYTES)
+    before = world.store.asked["read_into"]
+    await a.attach()
+    assert await a.content() == content
+    assert world.store.asked["read_into"] == before + 1
+
+
+async def test_the_store_may_be_gone_for_a_while(world: World) -> None:
+    a = await world.attached("a")
+    content = bytearray(SIZE)
+    rng = random.Random(6)
+    for _ in range(3):
+        world.store.down = True
+        for at, data in changed(content, rng, 20):
+            await a.write(at, data)
+        syncing = asyncio.create_task(a.sync())
+        await until(lambda: a.volumes.trouble is not None)
+        for at, data in changed(content, rng, 20):
+            await a.write(at, data)
+        assert "does not answer" in str(a.upkeep.trouble)
+        world.store.down = False
+        await syncing
+        assert a.volumes.trouble is None
+    assert await a.content() == content
+    await a.detach()
+    b = await world.attached("b")
+    assert await b.content() == content
+
+
+async def test_more_is_written_than_the_cache_holds(world: World) -> None:
+    """Slots come free by uploading; no write fails, and what was evicted comes back."""
+    size = 48 * MIB
+    a = await world.attached("a", size=size)
+    rng = random.Random(7)
+    blocks = {block: rng.randbytes(BLOCK_BYTES) for block in range(size // BLOCK_BYTES)}
+    for block, data in blocks.items():
+        await a.write(block * BLOCK_BYTES, data)
+    for block in rng.sample(sorted(blocks), 100):
+        assert await a.read(block * BLOCK_BYTES, BLOCK_BYTES) == blocks[block], block
+    for block in rng.sample(sorted(blocks), 100):
+        blocks[block] = rng.randbytes(PAGE_BYTES) + blocks[block][PAGE_BYTES:]
+        await a.write(block * BLOCK_BYTES, blocks[block][:PAGE_BYTES])
+    assert await a.content() == b"".join(blocks.values())
+    await a.detach()
+    b = await world.attached("b", size=size)
+    assert await b.content() == b"".join(blocks.values())
+
+
+async def test_a_flush_waits_for_the_store_where_it_is_to(world: World) -> None:
+    a = await world.attached("a", durability="remote")
+    await a.write(0, b"1" * PAGE_BYTES)
+    world.store.go.clear()
+    flushing = asyncio.create_task(a.flush())
+    await until(lambda: world.store.asked["create"] >= 10)
+    assert not flushing.done()
+    world.store.go.set()
+    await flushing
+    assert a.far.extents.head.epoch == 2
+    await a.flush()
+    assert a.far.extents.head.epoch == 2
+
+
+async def test_two_hosts_that_attach_at_once_have_one_winner(world: World) -> None:
+    hosts = [await world.host(name) for name in "abc"]
+    results = await asyncio.gather(*(host.attach() for host in hosts), return_exceptions=True)
+    winners = [host for host, result in zip(hosts, results, strict=True) if result is None]
+    assert len(winners) == 1, results
+    for result in results:
+        assert result is None or isinstance(result, RemoteRefused), result
+    await winners[0].write(0, b"w" * PAGE_BYTES)
+    await winners[0].detach()
+    loser = next(host for host in hosts if host is not winners[0])
+    await loser.attach()
+    assert await loser.read(0, PAGE_BYTES) == b"w" * PAGE_BYTES
+
+
+async def test_a_detach_that_cannot_upload_keeps_the_claim(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tierblk import volumes
+
+    monkeypatch.setattr(volumes, "FINISH_S", 0.3)
+    a = await world.attached("a")
+    await a.write(0, b"1" * PAGE_BYTES)
+    world.store.down = True
+    warning = await a.detach()
+    assert warning is not None
+    assert "4 KiB that are not in" in warning
+    world.store.down = False
+    b = await world.host("b")
+    with pytest.raises(RemoteRefused, match="is held by"):
+        await b.attach()
+    await a.attach()
+    assert await a.read(0, PAGE_BYTES) == b"1" * PAGE_BYTES
+    await a.detach()
+    await b.attach()
+    assert await b.read(0, PAGE_BYTES) == b"1" * PAGE_BYTES

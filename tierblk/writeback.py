@@ -1,0 +1,436 @@
+"""Write-back: what was written to a volume becomes epochs in object storage, one after the other (DESIGN 8).
+
+    1. seal                 one instant; the attempt becomes an intent (R10, R16)
+    2. commit cycle         begun after the seal; beside it the upload of the bytes (R12)
+    3. record               created once for ever; who finds another one there is fenced (R16, R19)
+    4. extents, then masks  pages that nobody changed since the seal are clean (R13, I8)
+
+An epoch begins when something was dirty for `epoch_interval`, when `epoch_size` is dirty, when slots are
+needed, or when somebody asks. Nothing is sent while nothing is dirty. What the store does not answer is asked
+again for ever, with the same bytes: nothing that depends on it is acknowledged meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from errno import EROFS
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tierblk.core import PAGE_BYTES, Sealed
+from tierblk.errors import CacheError, RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.far import FarVolume
+from tierblk.remote import (
+    RECORD_BYTES_MAX,
+    EpochName,
+    Record,
+    Store,
+    TokenBucket,
+    decode_record,
+    encode_record,
+    hash_of,
+    write_checkpoint,
+)
+from tierblk.standing import ID_BYTES
+from tierblk.upload import Packed, Uploader
+
+if TYPE_CHECKING:
+    from tierblk.config import VolumeSettings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CHECKPOINT_EACH = 64
+"""Records between two checkpoints: what a host that comes with an empty cache reads one by one."""
+
+_LOOK_S = 0.25
+_COLLECT_PAGES = 256
+_WRITER_S = 0.002
+"""How soon to look again whether a write of before the seal has ended."""
+_TAKE_BLOCKS = 4096
+_CLEAN_BLOCKS = 512
+_DELAY_S, _DELAY_MOST_S = 0.2, 15.0
+
+
+class Fenced(TierblkError):
+    """Another host writes the volume now: nothing that is here reaches it any more (R19)."""
+
+    errno = EROFS
+
+
+class WriteBack:
+    """The epochs of one volume, from `start` to `finish` or `stop`. All of it belongs to the event loop."""
+
+    def __init__(
+        self,
+        volume: FarVolume,
+        commit: Callable[[], Awaitable[object]],
+        settings: VolumeSettings,
+        *,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        """commit: a whole cycle that begins after the call. rng: uniform in [0, 1)."""
+        self.volume = volume
+        self.trouble: TierblkError | None = None
+        """Why nothing gets through at present."""
+        self.trouble_since: float | None = None
+        self.epochs = self.puts = self.stored_bytes = 0
+        self.dirty_since: float | None = None
+        """Since when something waits to be uploaded, Unix time."""
+        self._commit = commit
+        self._settings = settings
+        self._rng = rng
+        clock = asyncio.get_running_loop().time
+        self._clock = clock
+        cap = settings.upload_bandwidth
+        self._bucket = TokenBucket(cap, clock) if cap else None
+        self._uploader = Uploader(
+            volume.layer, self._create, requests=settings.upload_requests, compression=settings.compression
+        )
+        self._wake = asyncio.Event()
+        self._asked: list[asyncio.Future[None]] = []  # for an epoch that is sealed from now on
+        self._flying: list[asyncio.Future[None]] | None = None  # for the one that is under way
+        self._hurries = self._releases = False
+        self._task: asyncio.Task[None] | None = None
+        self._side: set[asyncio.Task[None]] = set()
+        self._checkpoint_epoch = volume.extents.head.epoch
+
+    # -- life ---
+
+    def start(self) -> None:
+        """The claim is ours, the extent map is at the head."""
+        if self._settings.durability == "remote":
+            self.volume.layer.flush_far(True)
+        self._task = asyncio.create_task(self._run(), name=f"write-back of {self.volume.name}")
+
+    async def stop(self) -> None:
+        """At once, also in the middle of an epoch: what was dirty is dirty. For a daemon that hands over."""
+        tasks = [task for task in (self._task, *self._side) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._fail(Fenced("write-back was stopped") if self.volume.standing.fenced else None)
+
+    async def finish(self) -> None:
+        """All that is dirty is uploaded and the claim given back when this returns; no door is open. Waits as
+        long as the store does. Cancelled, or Fenced: the claim is kept, and what is dirty as well."""
+        self._releases = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.shield(self._task)
+        self._refuse_fenced()
+        self.volume.layer.mark_all()  # exact masks: who comes back is to know what is not dirty (R18)
+        await self._commit()
+
+    def hurry(self) -> None:
+        """Slots are needed, which only an epoch makes free."""
+        if self.volume.layer.dirty_pages():
+            self._hurries = True
+            self._wake.set()
+
+    async def sync(self) -> None:
+        """What was written before the call is in the store when it returns. Fenced."""
+        self._refuse_fenced()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.volume.layer.dirty_pages():
+            self._asked.append(future)
+            self._wake.set()
+        elif self._flying is not None:  # R14
+            self._flying.append(future)
+        else:
+            return
+        await future
+
+    async def flushed(self) -> None:
+        """FLUSHes wait for the store: those of now are answered when it has what was before them (R14)."""
+        layer = self.volume.layer
+        upto = layer.far_count()
+        try:
+            await self.sync()
+        except Fenced as error:
+            layer.far_done(upto, error=error.errno)
+        else:
+            layer.far_done(upto)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For status."""
+        head = self.volume.extents.head
+        return {
+            "url": self.volume.shown,
+            "epoch": head.epoch,
+            "epoch_at": self.volume.epoch_unix_s,
+            "dirty_bytes": self.volume.layer.dirty_pages() * PAGE_BYTES,
+            "dirty_since": self.dirty_since,
+            "uploading": self._flying is not None,
+            "epochs": self.epochs,
+            "put_requests": self.puts,
+            "put_bytes": self.stored_bytes,
+            "durability": self._settings.durability,
+            "fenced": self.volume.standing.fenced or None,
+            "trouble": str(self.trouble) if self.trouble else None,
+            "trouble_since": self.trouble_since,
+        }
+
+    def _refuse_fenced(self) -> None:
+        if reason := self.volume.standing.fenced:
+            raise Fenced(
+                f"{self.volume.name}: {reason}", "what was not uploaded is kept in the cache directory"
+            )
+
+    # -- epochs ---
+
+    async def _run(self) -> None:
+        while not self.volume.standing.fenced:
+            await self._due()
+            release = self._releases
+            self._hurries = False
+            try:
+                await self._epoch(release=release)
+            except (TierblkError, OSError, ValueError) as error:
+                await self._failed_here(error)
+            else:
+                if release and not self.volume.standing.held:
+                    return
+
+    async def _due(self) -> None:
+        """Until there is an epoch to make."""
+        while not (self._asked or self._releases):
+            dirty_bytes = self.volume.layer.dirty_pages() * PAGE_BYTES
+            if not dirty_bytes:
+                self.dirty_since = None
+                self._hurries = False
+            else:
+                now = time.time()
+                self.dirty_since = self.dirty_since or now
+                is_old = not 0 <= now - self.dirty_since < self._settings.epoch_interval
+                if is_old or self._hurries or dirty_bytes >= self._settings.epoch_size:
+                    return
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(_LOOK_S, self._settings.epoch_interval)):
+                    await self._wake.wait()
+
+    async def _failed_here(self, error: Exception) -> None:
+        """The SSD, the index, or a record that cannot be: it may get better, and what is dirty stays."""
+        if not isinstance(error, TierblkError):
+            error = CacheError(f"an epoch cannot be made: {error}")
+        if self.trouble is None:
+            log.error("%s: %s", self.volume.name, error)
+        self._troubled(error)
+        await asyncio.sleep(_DELAY_MOST_S)
+
+    async def _epoch(self, *, release: bool) -> None:
+        """One epoch, from its seal to its end."""
+        volume, layer = self.volume, self.volume.layer
+        number, attempt = volume.extents.head.epoch + 1, os.urandom(ID_BYTES)
+        waiting, self._asked = self._asked, []
+        self._flying = waiting
+        sealed_unix_s = time.time()
+        layer.seal()
+        outcome: Record | None = None
+        try:
+            volume.standing = volume.standing.intend(number, attempt)
+            # R12: begun after the seal, with the intent. It runs beside the upload.
+            durable = asyncio.create_task(_as_coroutine(self._commit))
+            try:
+                packed = await self._uploader.upload(number, attempt, await self._collect())
+                await asyncio.shield(durable)
+            finally:
+                await asyncio.gather(durable, return_exceptions=True)
+            made = self._record(number, attempt, packed, release=release)
+            outcome, encoded = await self._make(made)
+            if outcome is not None:
+                await volume.apply(outcome, hash_of(encoded), learn=outcome.attempt != attempt)
+                if outcome.attempt == attempt:
+                    await self._clean(packed)
+                    if release and not layer.dirty_pages():
+                        volume.standing = volume.standing.hold(False)
+        finally:
+            layer.end_epoch()
+            self._flying = None
+            if outcome is None or outcome.attempt != attempt:
+                self._asked = waiting + self._asked
+        if outcome is None:
+            await self._fenced()
+            return
+        if outcome.attempt == attempt:
+            self.epochs += 1
+            self.dirty_since = sealed_unix_s if layer.dirty_pages() else None
+            _answer(waiting)
+            self._maybe_checkpoint(release)
+
+    async def _collect(self) -> list[Sealed]:
+        """All blocks of the epoch."""
+        layer = self.volume.layer
+        while True:
+            found = layer.collect(_COLLECT_PAGES)
+            if found:
+                break
+            # None: a write of before the seal is under way, whose end nobody tells.
+            await asyncio.sleep(_WRITER_S if found is None else 0)
+        blocks: list[Sealed] = []
+        while batch := layer.sealed(_TAKE_BLOCKS):
+            blocks += batch
+            await asyncio.sleep(0)
+        return blocks
+
+    def _record(self, number: int, attempt: bytes, packed: Packed, *, release: bool) -> Record:
+        head = self.volume.extents.head
+        return Record(
+            uuid=head.uuid,
+            epoch=number,
+            attempt=attempt,
+            writer=self.volume.standing.writer,
+            previous=head.hash,
+            size_bytes=head.size_bytes,
+            base_visible_bytes=head.base_visible_bytes,
+            base=head.base,
+            released=release,
+            rolled_back_to=0,
+            created_unix_s=int(time.time()),
+            data=tuple(packed.data),
+            runs=tuple(packed.runs),
+            zeroes=tuple(packed.zeroes),
+            inline=packed.inline,
+        )
+
+    async def _make(self, record: Record) -> tuple[Record | None, bytes]:
+        """R16: the record that is there now under this epoch's name, with its bytes: this one, or an earlier
+        attempt of ours. None: somebody else's, and so we are fenced."""
+        encoded = await asyncio.to_thread(encode_record, record)
+        found, there = await create_record(self._store, record, encoded, self._create, self.persist)
+        if self.volume.standing.is_ours(found.epoch, found.attempt):
+            return found, there
+        self.volume.fence_by(found)
+        return None, there
+
+    @property
+    def _store(self) -> Store:
+        assert self.volume.lineage is not None
+        return self.volume.lineage.store
+
+    async def _clean(self, packed: Packed) -> None:
+        """R13: the extents know these pages. In pieces: hits are served between them."""
+        layer = self.volume.layer
+        for blocks, sums in packed.groups:
+            at = 0
+            for begin in range(0, len(blocks), _CLEAN_BLOCKS):
+                batch = blocks[begin : begin + _CLEAN_BLOCKS]
+                if sums is None:
+                    layer.clean(batch)
+                else:
+                    length = 4 * sum((block.dirty & ~block.zero).bit_count() for block in batch)
+                    layer.clean(batch, sums[at : at + length])
+                    at += length
+                await asyncio.sleep(0)
+
+    async def _fenced(self) -> None:
+        reason = self.volume.standing.fenced
+        self._fail(Fenced(f"{self.volume.name}: {reason}"))
+        with suppress(CacheError):  # said already; and the store will say it again
+            await self._commit()
+
+    def _fail(self, error: Fenced | None) -> None:
+        """Those who wait for an epoch get the error; None: they are left, since their requests come again."""
+        waiting, self._asked = self._asked, []
+        for future in waiting:
+            if not future.done():
+                future.cancel() if error is None else future.set_exception(error)
+
+    def _maybe_checkpoint(self, release: bool) -> None:
+        """So that who reads the volume anew has few records to read."""
+        behind = self.volume.extents.head.epoch - self._checkpoint_epoch
+        if behind < CHECKPOINT_EACH or release or self._side:
+            return
+        self._checkpoint_epoch = self.volume.extents.head.epoch
+        task = asyncio.create_task(self._write_checkpoint(), name=f"checkpoint of {self.volume.name}")
+        self._side.add(task)
+        task.add_done_callback(self._side.discard)
+
+    async def _write_checkpoint(self) -> None:
+        try:
+            await write_checkpoint(self._store, self.volume.extents.copy())
+            self.puts += 1
+        except (TierblkError, ValueError) as error:  # it only spares reading
+            log.warning("%s: no checkpoint could be written: %s", self.volume.name, error)
+
+    # -- the store ---
+
+    async def _create(self, name: str, pieces: Sequence[bytes | memoryview]) -> bool:
+        """Store.create, until there is an answer."""
+        length_bytes = sum(map(len, pieces))
+
+        async def once() -> bool:
+            if self._bucket is not None:
+                while delay_s := self._bucket.delay_s():  # noqa: ASYNC110
+                    await asyncio.sleep(delay_s)
+                self._bucket.take(length_bytes)
+            self.puts += 1
+            return await self._store.create(name, pieces)
+
+        made = await self.persist(once)
+        self.stored_bytes += length_bytes
+        return made
+
+    async def persist(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Asks until there is an answer. What is refused is asked again too, later each time: credentials
+        and permissions are mended while we wait, and what is dirty stays safe here."""
+        delay_s = _DELAY_S
+        while True:
+            try:
+                answer = await ask()
+            except (RemoteUnavailable, RemoteRefused) as error:
+                if self.trouble is None:
+                    log.warning(
+                        "%s: %s; what is written is kept here until it is back", self.volume.name, error
+                    )
+                self._troubled(error)
+                if isinstance(error, RemoteUnavailable) and error.retry_after_s:
+                    delay_s = max(delay_s, min(error.retry_after_s, _DELAY_MOST_S))
+                await asyncio.sleep(delay_s * (0.5 + self._rng() / 2))
+                delay_s = min(2 * delay_s, _DELAY_MOST_S)
+            else:
+                if self.trouble is not None:
+                    log.warning("%s: %s takes what is written again", self.volume.name, self.volume.shown)
+                self.trouble = self.trouble_since = None
+                return answer
+
+    def _troubled(self, error: TierblkError) -> None:
+        self.trouble_since = self.trouble_since or time.time()
+        self.trouble = error
+
+
+async def create_record(
+    store: Store,
+    record: Record,
+    encoded: bytes,
+    create: Callable[[str, Sequence[bytes]], Awaitable[bool]],
+    persist: Callable[[Callable[[], Awaitable[bytes | None]]], Awaitable[bytes | None]],
+) -> tuple[Record, bytes]:
+    """R16, for epochs and claims: create the record, or see which one is there. That one, and its bytes.
+    Whose it is the caller has to look at."""
+    name = str(EpochName(record.epoch))
+    if await create(name, [encoded]):
+        return record, encoded
+    there = await persist(lambda: store.read(name, RECORD_BYTES_MAX))
+    if there is None:
+        raise RemoteRefused(f"{name} exists in {store.shown} and cannot be read")
+    if there == encoded:
+        return record, encoded
+    return await asyncio.to_thread(decode_record, there, name=name), there
+
+
+def _answer(waiting: list[asyncio.Future[None]]) -> None:
+    for future in waiting:
+        if not future.done():
+            future.set_result(None)
+
+
+async def _as_coroutine(call: Callable[[], Awaitable[object]]) -> None:
+    await call()
