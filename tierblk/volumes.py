@@ -192,9 +192,11 @@ def far_of(stack: Stack) -> FarVolume | None:
 
 def _kept(far: FarVolume, why: str) -> str | None:
     dirty_bytes = far.layer.dirty_pages() * PAGE_BYTES
-    sentence = (
-        f"{far.name}: {format_size(dirty_bytes)} that are not in {far.shown} stay in the cache directory, "
-        f"and so does the claim ({why}); attaching it here again goes on with them"
-    )
-    log.warning("%s", sentence)
+    kept = f"{far.name}: {format_size(dirty_bytes)} that are not in {far.shown} stay in the cache directory"
+    if far.standing.fenced:
+        sentence = f"{kept} ({far.standing.fenced})" if dirty_bytes else None
+    else:
+        sentence = f"{kept}, and so does the claim ({why}); attaching it here again goes on with them"
+    if sentence is not None:
+        log.warning("%s", sentence)
     return sentence

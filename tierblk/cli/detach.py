@@ -51,7 +51,7 @@ def _ask_daemon(args: argparse.Namespace) -> None:
     if not args.force:
         blockdev.settle()  # or udev's own look at the device would make it busy
         blockdev.ensure_free(str(device.get("path")))
-        if device.get("write_back"):
+        if (device.get("write_back") or {"fenced": True}).get("fenced") is None:
             sync.wait(daemon, device)  # Ctrl-C here leaves everything as it was
     try:
         answer = daemon.request(
