@@ -1,5 +1,6 @@
 """The local tier: knows disk, never network."""
 
+from tierblk.cache import dirt
 from tierblk.cache.cache import Cache
 from tierblk.cache.commit import VolumeSource
 from tierblk.cache.evict import Watermarks, commit_is_due, slots_to_evict
@@ -16,5 +17,6 @@ __all__ = [
     "VolumeSource",
     "Watermarks",
     "commit_is_due",
+    "dirt",
     "slots_to_evict",
 ]

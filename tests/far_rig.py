@@ -56,6 +56,7 @@ class Host:
         filled = ChainMap[int, Filled](self.bases.by_layer, self.volumes.by_layer)  # type: ignore[arg-type]
         self.fills = Fills(cache.engine, filled, 16)
         self.upkeep = Upkeep(cache, self.fills, config, self.volumes)
+        self.volumes.on_look = self.upkeep.look_at_dirt
         self.upkeep.start()
         self.stack: Stack | None = None
         self._door: LocalDoor | None = None

@@ -91,6 +91,7 @@ class Daemon:
         self._fills = Fills(engine, filled, remote.max_window // BLOCK_BYTES, readahead=remote.readahead)
         self._home = Home(engine, self._executor, stamp_of(cache.uuid.bytes), cache.run_dir)
         self._upkeep = Upkeep(cache, self._fills, self._config, volumes)
+        volumes.on_look = self._upkeep.look_at_dirt
         self._upkeep.start()
         log.info("serving %s (%s start)", settings.dir, cache.start_mode.value)
         await self._take_over_all()

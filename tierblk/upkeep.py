@@ -83,10 +83,12 @@ class Upkeep:
     def _slowness(self) -> str | None:
         if self._pace_per_s is None:
             return None
-        return (
-            "volumes are written faster than room is made for them: what is new is slowed down to "
-            f"{format_size(round(self._pace_per_s) * BLOCK_BYTES)} of slots a second"
-        )
+        if self._volumes is not None and self._volumes.slows:
+            why = "volumes are written faster than they are uploaded"
+        else:
+            why = "volumes are written faster than room is made for them"
+        pace = format_size(round(self._pace_per_s) * BLOCK_BYTES)
+        return f"{why}: what is new is slowed down to {pace} of slots a second"
 
     def _upload_trouble(self) -> str | None:
         trouble = self._volumes.trouble if self._volumes else None
@@ -158,9 +160,13 @@ class Upkeep:
         return self._volumes.reserve_slots if self._volumes else 0
 
     def _set_pace(self, stats: dict[str, int]) -> None:
-        """Writers take new slots no faster than they are freed, when few are left."""
+        """Writers take new slots no faster than they are freed, when few are left; nor, when much is dirty,
+        than it is uploaded."""
         coming = stats["quarantined"] + self._evicting_slots
         pace = self._throttle.blocks_per_s(free=stats["free"], coming=coming)
+        if self._volumes is not None:
+            far = self._volumes.pace_per_s(stats)
+            pace = far if pace is None or (far is not None and far < pace) else pace
         if pace != self._pace_per_s:
             self._cache.engine.set_pace(pace)
             self._pace_per_s = pace
@@ -169,6 +175,10 @@ class Upkeep:
 
     def _pace_again(self) -> None:
         self._pacing = None
+        self._set_pace(self._cache.engine.stats())
+
+    def look_at_dirt(self) -> None:
+        """Something is dirty that is to be uploaded, or was: the pace may have to be another one."""
         self._set_pace(self._cache.engine.stats())
 
     def _look_again_in(self, delay_s: float) -> None:

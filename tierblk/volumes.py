@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tierblk.cache import Cache
+from tierblk.cache import Cache, dirt
 from tierblk.claim import Claims, Found, Wishes, catch_up
 from tierblk.config import Config
 from tierblk.core import PAGE_BYTES
@@ -42,6 +42,10 @@ class Volumes:
         self._end_fetches = end_fetches
         self._claims = Claims(cache)
         self._reserve_slots = reserve_slots
+        self.slows = False
+        """Whether writes are held to the speed of uploads."""
+        self.on_look: Callable[[], None] = lambda: None
+        """Called several times a second while something is dirty, and when an epoch ends."""
         self._writers: dict[int, WriteBack] = {}
         self._catching_up: dict[int, asyncio.Task[None]] = {}
 
@@ -70,7 +74,9 @@ class Volumes:
         assert config.volume is not None
         layer_id = far.layer.layer_id
         self.by_layer[layer_id] = far
-        writer = self._writers[layer_id] = WriteBack(far, self._commit, config.volume)
+        writer = self._writers[layer_id] = WriteBack(
+            far, self._commit, config.volume, on_look=lambda: self.on_look()
+        )
         self._cache.engine.set_reserve(self.reserve_slots)
         return writer
 
@@ -172,6 +178,25 @@ class Volumes:
                 writer.hurry()
                 hopes = True
         return hopes
+
+    def pace_per_s(self, stats: dict[str, int]) -> float | None:
+        """How many new slots writes may take a second; None: as many as they like."""
+        writers = [writer for writer in self._writers.values() if not writer.volume.standing.fenced]
+        share = max((self._fullness(writer, stats) for writer in writers), default=0.0)
+        if share >= dirt.HURRY:
+            self.hurry()
+        epoch_s = max((writer.epoch_s for writer in writers), default=0.0)
+        pace = dirt.blocks_per_s(share, slots=stats["slots"], epoch_s=epoch_s) if writers else None
+        self.slows = pace is not None
+        return pace
+
+    def _fullness(self, writer: WriteBack, stats: dict[str, int]) -> float:
+        return dirt.fullness(
+            dirty_slots=stats["dirty_slots"] + stats["pinned"],
+            slots=stats["slots"] - stats["bad"],
+            dirty_bytes=writer.volume.layer.dirty_pages() * PAGE_BYTES,
+            max_dirty_bytes=writer.max_dirty_bytes,
+        )
 
     @property
     def trouble(self) -> TierblkError | None:

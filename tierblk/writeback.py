@@ -73,9 +73,11 @@ class WriteBack:
         commit: Callable[[], Awaitable[object]],
         settings: VolumeSettings,
         *,
+        on_look: Callable[[], None] = lambda: None,
         rng: Callable[[], float] = random.random,
     ) -> None:
-        """commit: a whole cycle that begins after the call. rng: uniform in [0, 1)."""
+        """commit: a whole cycle that begins after the call. on_look: called several times a second while
+        something is dirty, and when an epoch ends. rng: uniform in [0, 1)."""
         self.volume = volume
         self.trouble: TierblkError | None = None
         """Why nothing gets through at present."""
@@ -84,6 +86,9 @@ class WriteBack:
         self.dirty_since: float | None = None
         """Since when something waits to be uploaded, Unix time."""
         self._commit = commit
+        self._on_look = on_look
+        self._epoch_s = 0.0
+        self._epoch_began_s: float | None = None
         self._settings = settings
         self._rng = rng
         clock = asyncio.get_running_loop().time
@@ -158,6 +163,17 @@ class WriteBack:
         else:
             layer.far_done(upto)
 
+    @property
+    def max_dirty_bytes(self) -> int | None:
+        """How much may be dirty; None: what the cache has room for."""
+        return self._settings.max_dirty
+
+    @property
+    def epoch_s(self) -> float:
+        """How long an epoch takes at present."""
+        runs_s = 0.0 if self._epoch_began_s is None else self._clock() - self._epoch_began_s
+        return max(self._epoch_s, runs_s)
+
     def to_dict(self) -> dict[str, Any]:
         """For status."""
         head = self.volume.extents.head
@@ -190,13 +206,26 @@ class WriteBack:
             await self._due()
             release = self._releases
             self._hurries = False
+            self._epoch_began_s = self._clock()
+            looking = asyncio.create_task(self._look(), name=f"look at {self.volume.name}")
             try:
                 await self._epoch(release=release)
+                self._epoch_s += (self._clock() - self._epoch_began_s - self._epoch_s) / 4
             except (TierblkError, OSError, ValueError) as error:
                 await self._failed_here(error)
             else:
                 if release and not self.volume.standing.held:
                     return
+            finally:
+                self._epoch_began_s = None
+                looking.cancel()
+                self._on_look()
+
+    async def _look(self) -> None:
+        """While an epoch is under way others are told that time goes by."""
+        while True:
+            self._on_look()
+            await asyncio.sleep(_LOOK_S)
 
     async def _due(self) -> None:
         """Until there is an epoch to make."""
@@ -208,6 +237,7 @@ class WriteBack:
             else:
                 now = time.time()
                 self.dirty_since = self.dirty_since or now
+                self._on_look()
                 is_old = not 0 <= now - self.dirty_since < self._settings.epoch_interval
                 if is_old or self._hurries or dirty_bytes >= self._settings.epoch_size:
                     return

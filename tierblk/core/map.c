@@ -134,6 +134,7 @@ static void adopt(tb_layer *layer, uint64_t block, tb_head head)
         tb_slot_own(layer->engine, head.slot, layer, block);
     layer->cached_pages += (uint64_t)__builtin_popcount(head.cached);
     layer->dirty_pages += (uint64_t)__builtin_popcount(head.dirty);
+    layer->engine->dirty_slots += tb_head_holds(head);
     tb_entry_store(&layer->entries[block], head);
 }
 
