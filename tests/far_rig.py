@@ -170,8 +170,8 @@ class Host:
         """As a daemon that is killed leaves its cache: maps stay, nothing more is sent."""
         await self._close_door()
         if self.stack is not None:
-            stack, self.stack = self.stack, None
-            await self.stacks.release(stack, NAME, goes_on=True)
+            far, self.stack = self.far, None
+            await self.volumes.drop(far)
         await self._end(clean=False)
 
     async def _end(self, *, clean: bool) -> None:

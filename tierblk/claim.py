@@ -315,6 +315,8 @@ async def catch_up(
             far.fence_by(record)
             break
         await far.apply(record, record_hash, learn=True)
+    else:
+        far.standing = far.standing.hold(True)
     far.open(lineage)
 
 

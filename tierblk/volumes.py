@@ -86,6 +86,7 @@ class Volumes:
         except TierblkError as error:  # refused for good, such as a log that is damaged: not to be added to
             far.fence(f"its log in the store cannot be read ({error})")
         if far.standing.fenced:
+            writer.abandon()
             await self._commit_quietly()
         else:
             writer.start()
@@ -99,30 +100,34 @@ class Volumes:
     async def release(self, far: FarVolume, *, goes_on: bool, keep_claim: bool = False) -> str | None:
         """Its device is gone, or handed over (goes_on). keep_claim: nothing more is sent. A sentence when the
         claim was kept and what is dirty stays here."""
-        layer_id = far.layer.layer_id
-        writer = self._writers.pop(layer_id, None)
+        writer = self._writers.get(far.layer.layer_id)
         if writer is None:
             return None
         warning = None
-        catching_up = self._catching_up.pop(layer_id, None)
-        if catching_up is not None:
-            catching_up.cancel()
-            await asyncio.gather(catching_up, return_exceptions=True)
         if keep_claim and not goes_on:
             warning = _kept(far, "it was detached with --force")
         elif not goes_on and far.lineage is None:
             warning = _kept(far, "the store was not heard of since the daemon began")
         elif not goes_on:
             warning = await self._finish(far, writer)
-        await writer.stop()
+        await self.drop(far, commit=True)
+        return warning
+
+    async def drop(self, far: FarVolume, *, commit: bool = False) -> None:
+        """Nothing of it runs any more, and nothing more is sent. commit: the index is brought up to date."""
+        layer_id = far.layer.layer_id
+        if (catching_up := self._catching_up.pop(layer_id, None)) is not None:
+            catching_up.cancel()
+            await asyncio.gather(catching_up, return_exceptions=True)
+        if (writer := self._writers.pop(layer_id, None)) is not None:
+            await writer.stop()
         await self._end_fetches(layer_id)
-        if not goes_on:
+        if commit:
             await self._commit_quietly()
         self._cache.set_volume_source(layer_id, None)
         self.by_layer.pop(layer_id, None)
         self._cache.engine.set_reserve(self.reserve_slots)
         await far.aclose()
-        return warning
 
     async def _finish(self, far: FarVolume, writer: WriteBack) -> str | None:
         try:

@@ -105,14 +105,18 @@ class WriteBack:
         self._task: asyncio.Task[None] | None = None
         self._side: set[asyncio.Task[None]] = set()
         self._checkpoint_epoch = volume.extents.head.epoch
+        # From the first request on, also while the store is still looked at.
+        volume.layer.flush_far(settings.durability == "remote")
 
     # -- life ---
 
     def start(self) -> None:
         """The claim is ours, the extent map is at the head."""
-        if self._settings.durability == "remote":
-            self.volume.layer.flush_far(True)
         self._task = asyncio.create_task(self._run(), name=f"write-back of {self.volume.name}")
+
+    def abandon(self) -> None:
+        """Instead of start: fenced before it could begin. Those who wait hear it."""
+        self._fail(Fenced(f"{self.volume.name}: {self.volume.standing.fenced}"))
 
     async def stop(self) -> None:
         """At once, also in the middle of an epoch: what was dirty is dirty. For a daemon that hands over."""
@@ -262,9 +266,9 @@ class WriteBack:
         waiting, self._asked = self._asked, []
         self._flying = waiting
         sealed_unix_s = time.time()
-        layer.seal()
         outcome: Record | None = None
         try:
+            layer.seal()
             volume.standing = volume.standing.intend(number, attempt)
             # R12: begun after the seal, with the intent. It runs beside the upload.
             durable = asyncio.create_task(_as_coroutine(self._commit))

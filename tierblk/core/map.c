@@ -19,6 +19,8 @@ int tb_layer_set_kind(tb_layer *layer, int kind)
     layer->is_volume = kind != TB_LAYER_BASE;
     layer->is_scratch = kind == TB_LAYER_SCRATCH;
     layer->is_write_back = kind == TB_LAYER_WRITE_BACK;
+    layer->refused = 0;
+    layer->flushes_far = false;
     return 0;
 }
 
