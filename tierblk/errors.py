@@ -7,7 +7,7 @@ with), so nobody maps errors twice. A message is one sentence that names the thi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from errno import EINVAL, EIO, ENODEV
+from errno import EINVAL, EIO, ENODEV, EROFS
 
 
 class TierblkError(Exception):
@@ -60,6 +60,13 @@ class RemoteRefused(TierblkError):
 class RemoteMismatch(RemoteRefused):
     """The answer does not fit the request, as no working server answers but a broken middle box does: worth
     one more try on another connection. For users and on the wire it is a RemoteRefused."""
+
+
+class Fenced(RemoteRefused):
+    """Another host writes the volume now: nothing that is here reaches it any more (R19). For users and on
+    the wire it is a RemoteRefused."""
+
+    errno = EROFS
 
 
 class CacheError(TierblkError):

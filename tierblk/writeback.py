@@ -19,11 +19,10 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from errno import EROFS
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tierblk.core import PAGE_BYTES, Sealed
-from tierblk.errors import CacheError, RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.errors import CacheError, Fenced, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.far import FarVolume
 from tierblk.remote import (
     RECORD_BYTES_MAX,
@@ -56,12 +55,6 @@ _WRITER_S = 0.002
 _TAKE_BLOCKS = 4096
 _CLEAN_BLOCKS = 512
 _DELAY_S, _DELAY_MOST_S = 0.2, 15.0
-
-
-class Fenced(TierblkError):
-    """Another host writes the volume now: nothing that is here reaches it any more (R19)."""
-
-    errno = EROFS
 
 
 class WriteBack:

@@ -18,10 +18,9 @@ from tests.far_store import FarStore
 from tierblk import claim
 from tierblk.claim import Wishes
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
-from tierblk.errors import CacheError, RemoteRefused, RemoteUnavailable
+from tierblk.errors import CacheError, Fenced, RemoteRefused, RemoteUnavailable
 from tierblk.remote import RECORD_BYTES_MAX, EpochName, decode_record
 from tierblk.units import MIB
-from tierblk.writeback import Fenced
 
 SIZE = 8 * MIB
 

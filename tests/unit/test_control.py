@@ -74,7 +74,7 @@ async def test_a_device_from_beginning_to_end(server: control.ControlServer, tmp
     assert await ask(server, "GET", "/v1/devices") == {"devices": [made]}
     assert await ask(server, "GET", "/v1/devices/a") == made
     assert await ask(server, "POST", "/v1/devices/a/repin", {}) == made
-    assert await ask(server, "DELETE", "/v1/devices/a", {"force": True}) == {"detached": "a"}
+    assert await ask(server, "DELETE", "/v1/devices/a", {"force": True}) == {"detached": "a", "warning": None}
     assert await ask(server, "GET", "/v1/devices") == {"devices": []}
 
 
