@@ -244,12 +244,15 @@ class Claims:
         async def create(name: str, pieces: Sequence[bytes]) -> bool:
             return await _tried(lambda: store.create(name, pieces))
 
+        async def read(name: str) -> bytes | None:
+            return await _tried(lambda: store.read(name, RECORD_BYTES_MAX))
+
         for _ in range(_ROUNDS_MAX):
             head, attempt = far.extents.head, os.urandom(ID_BYTES)
             far.standing = far.standing.intend(head.epoch + 1, attempt)
             await self._cache.commit()  # R12: a record without an intent here would be nobody's
             claim = _claim(head, attempt, far.standing.writer)
-            made, encoded = await create_record(store, claim, encode_record(claim), create, _tried)
+            made, encoded = await create_record(claim, encode_record(claim), create, read)
             if far.standing.is_ours(made.epoch, made.attempt):
                 await far.apply(made, hash_of(encoded), learn=True)
                 if made.attempt == attempt:

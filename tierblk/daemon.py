@@ -30,7 +30,7 @@ from tierblk.errors import DaemonError, DeviceError, TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Filled, Stack
 from tierblk.records import DeviceRecord
-from tierblk.remote import RawImage, open_source
+from tierblk.remote import RawImage, open_source, open_store, read_birth
 from tierblk.rundir import run_root
 from tierblk.stacks import NO_WISHES, Stacks
 from tierblk.takeover import TakeOver
@@ -92,6 +92,7 @@ class Daemon:
         self._home = Home(engine, self._executor, stamp_of(cache.uuid.bytes), cache.run_dir)
         self._upkeep = Upkeep(cache, self._fills, self._config, volumes)
         volumes.on_look = self._upkeep.look_at_dirt
+        volumes.demand = lambda: any(layer.fetcher.counters.in_flight for layer in filled.values())
         self._upkeep.start()
         log.info("serving %s (%s start)", settings.dir, cache.start_mode.value)
         await self._take_over_all()
@@ -128,6 +129,13 @@ class Daemon:
             await self._run(ublk.features)
         except OSError as error:
             raise driver_error(error) from None
+        volume = self._config.volume
+        if volume is not None and volume.url is not None:
+            store = await open_store(volume.url, self._config.store, self._config.remote)
+            try:
+                await read_birth(store)
+            finally:
+                await store.aclose()
         if not self._config.url:
             return
         source = await open_source(self._config.url, self._config.remote)

@@ -46,6 +46,8 @@ class Volumes:
         """Whether writes are held to the speed of uploads."""
         self.on_look: Callable[[], None] = lambda: None
         """Called several times a second while something is dirty, and when an epoch ends."""
+        self.demand: Callable[[], bool] = lambda: False
+        """Whether anybody waits for bytes of any remote: uploads give way then."""
         self._writers: dict[int, WriteBack] = {}
         self._catching_up: dict[int, asyncio.Task[None]] = {}
 
@@ -75,14 +77,18 @@ class Volumes:
         layer_id = far.layer.layer_id
         self.by_layer[layer_id] = far
         writer = self._writers[layer_id] = WriteBack(
-            far, self._commit, config.volume, on_look=lambda: self.on_look()
+            far,
+            self._commit,
+            config.volume,
+            on_look=lambda: self.on_look(),
+            demand=lambda: self.demand(),
         )
         self._cache.engine.set_reserve(self.reserve_slots)
         return writer
 
     async def _catch_up(self, far: FarVolume, writer: WriteBack, config: Config) -> None:
         try:
-            await catch_up(far, config, writer.persist)
+            await catch_up(far, config, writer.sender.persist)
         except TierblkError as error:  # refused for good, such as a log that is damaged: not to be added to
             far.fence(f"its log in the store cannot be read ({error})")
         if far.standing.fenced:
@@ -134,7 +140,7 @@ class Volumes:
             async with asyncio.timeout(FINISH_S):
                 await writer.finish()
         except (TimeoutError, TierblkError) as error:
-            why = str(error) or str(writer.trouble or f"nothing was heard of it for {FINISH_S:.0f} s")
+            why = str(error) or str(writer.sender.trouble or f"nothing was heard of it for {FINISH_S:.0f} s")
             return _kept(far, why)
         return None
 
@@ -164,7 +170,7 @@ class Volumes:
         except TimeoutError:
             dirty = format_size(far.layer.dirty_pages() * PAGE_BYTES)
             writer = self._writers.get(far.layer.layer_id)
-            why = f": {writer.trouble}" if writer is not None and writer.trouble else ""
+            why = f": {writer.sender.trouble}" if writer is not None and writer.sender.trouble else ""
             raise DeviceError(
                 f"{dirty} that were written to {far.name} are not in {far.shown} yet{why}",
                 f"`tierblk sync --wait {far.name}` waits; `tierblk detach --force {far.name}` keeps it here",
@@ -206,7 +212,7 @@ class Volumes:
     @property
     def trouble(self) -> TierblkError | None:
         """What holds an upload up, if anything does."""
-        return next((w.trouble for w in self._writers.values() if w.trouble is not None), None)
+        return next((w.sender.trouble for w in self._writers.values() if w.sender.trouble is not None), None)
 
     def shown(self, far: FarVolume) -> dict[str, Any] | None:
         """For status."""

@@ -22,19 +22,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tierblk.core import PAGE_BYTES, Sealed
-from tierblk.errors import CacheError, Fenced, RemoteRefused, RemoteUnavailable, TierblkError
+from tierblk.errors import CacheError, Fenced, RemoteRefused, TierblkError
 from tierblk.far import FarVolume
 from tierblk.remote import (
-    RECORD_BYTES_MAX,
     EpochName,
     Record,
-    Store,
-    TokenBucket,
     decode_record,
     encode_record,
     hash_of,
     write_checkpoint,
 )
+from tierblk.sending import DELAY_MOST_S, Sender
 from tierblk.standing import ID_BYTES
 from tierblk.upload import Packed, Uploader
 
@@ -54,7 +52,6 @@ _WRITER_S = 0.002
 """How soon to look again whether a write of before the seal has ended."""
 _TAKE_BLOCKS = 4096
 _CLEAN_BLOCKS = 512
-_DELAY_S, _DELAY_MOST_S = 0.2, 15.0
 
 
 class WriteBack:
@@ -67,29 +64,29 @@ class WriteBack:
         settings: VolumeSettings,
         *,
         on_look: Callable[[], None] = lambda: None,
+        demand: Callable[[], bool] = lambda: False,
         rng: Callable[[], float] = random.random,
     ) -> None:
         """commit: a whole cycle that begins after the call. on_look: called several times a second while
-        something is dirty, and when an epoch ends. rng: uniform in [0, 1)."""
+        something is dirty, and when an epoch ends. demand: whether anybody waits for bytes of any remote.
+        rng: uniform in [0, 1)."""
         self.volume = volume
-        self.trouble: TierblkError | None = None
-        """Why nothing gets through at present."""
-        self.trouble_since: float | None = None
-        self.epochs = self.puts = self.stored_bytes = 0
+        self.epochs = 0
         self.dirty_since: float | None = None
         """Since when something waits to be uploaded, Unix time."""
         self._commit = commit
         self._on_look = on_look
+        self.sender = Sender(volume, bytes_per_s=settings.upload_bandwidth, demand=demand, rng=rng)
         self._epoch_s = 0.0
         self._epoch_began_s: float | None = None
         self._settings = settings
-        self._rng = rng
         clock = asyncio.get_running_loop().time
         self._clock = clock
-        cap = settings.upload_bandwidth
-        self._bucket = TokenBucket(cap, clock) if cap else None
         self._uploader = Uploader(
-            volume.layer, self._create, requests=settings.upload_requests, compression=settings.compression
+            volume.layer,
+            self.sender.create,
+            requests=settings.upload_requests,
+            compression=settings.compression,
         )
         self._wake = asyncio.Event()
         self._asked: list[asyncio.Future[None]] = []  # for an epoch that is sealed from now on
@@ -182,12 +179,12 @@ class WriteBack:
             "dirty_since": self.dirty_since,
             "uploading": self._flying is not None,
             "epochs": self.epochs,
-            "put_requests": self.puts,
-            "put_bytes": self.stored_bytes,
+            "put_requests": self.sender.puts,
+            "put_bytes": self.sender.stored_bytes,
             "durability": self._settings.durability,
             "fenced": self.volume.standing.fenced or None,
-            "trouble": str(self.trouble) if self.trouble else None,
-            "trouble_since": self.trouble_since,
+            "trouble": str(self.sender.trouble) if self.sender.trouble else None,
+            "trouble_since": self.sender.trouble_since,
         }
 
     def _refuse_fenced(self) -> None:
@@ -247,10 +244,10 @@ class WriteBack:
         """The SSD, the index, or a record that cannot be: it may get better, and what is dirty stays."""
         if not isinstance(error, TierblkError):
             error = CacheError(f"an epoch cannot be made: {error}")
-        if self.trouble is None:
+        if self.sender.trouble is None:
             log.error("%s: %s", self.volume.name, error)
-        self._troubled(error)
-        await asyncio.sleep(_DELAY_MOST_S)
+        self.sender.failed(error)
+        await asyncio.sleep(DELAY_MOST_S)
 
     async def _epoch(self, *, release: bool) -> None:
         """One epoch, from its seal to its end."""
@@ -331,16 +328,11 @@ class WriteBack:
         """R16: the record that is there now under this epoch's name, with its bytes: this one, or an earlier
         attempt of ours. None: somebody else's, and so we are fenced."""
         encoded = await asyncio.to_thread(encode_record, record)
-        found, there = await create_record(self._store, record, encoded, self._create, self.persist)
+        found, there = await create_record(record, encoded, self.sender.create, self.sender.read_record)
         if self.volume.standing.is_ours(found.epoch, found.attempt):
             return found, there
         self.volume.fence_by(found)
         return None, there
-
-    @property
-    def _store(self) -> Store:
-        assert self.volume.lineage is not None
-        return self.volume.lineage.store
 
     async def _clean(self, packed: Packed) -> None:
         """R13: the extents know these pages. In pieces: hits are served between them."""
@@ -382,72 +374,26 @@ class WriteBack:
 
     async def _write_checkpoint(self) -> None:
         try:
-            await write_checkpoint(self._store, self.volume.extents.copy())
-            self.puts += 1
+            await write_checkpoint(self.sender.store, self.volume.extents.copy())
+            self.sender.puts += 1
         except (TierblkError, ValueError) as error:  # it only spares reading
             log.warning("%s: no checkpoint could be written: %s", self.volume.name, error)
 
-    # -- the store ---
-
-    async def _create(self, name: str, pieces: Sequence[bytes | memoryview]) -> bool:
-        """Store.create, until there is an answer."""
-        length_bytes = sum(map(len, pieces))
-
-        async def once() -> bool:
-            if self._bucket is not None:
-                while delay_s := self._bucket.delay_s():  # noqa: ASYNC110
-                    await asyncio.sleep(delay_s)
-                self._bucket.take(length_bytes)
-            self.puts += 1
-            return await self._store.create(name, pieces)
-
-        made = await self.persist(once)
-        self.stored_bytes += length_bytes
-        return made
-
-    async def persist(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Asks until there is an answer. What is refused is asked again too, later each time: credentials
-        and permissions are mended while we wait, and what is dirty stays safe here."""
-        delay_s = _DELAY_S
-        while True:
-            try:
-                answer = await ask()
-            except (RemoteUnavailable, RemoteRefused) as error:
-                if self.trouble is None:
-                    log.warning(
-                        "%s: %s; what is written is kept here until it is back", self.volume.name, error
-                    )
-                self._troubled(error)
-                if isinstance(error, RemoteUnavailable) and error.retry_after_s:
-                    delay_s = max(delay_s, min(error.retry_after_s, _DELAY_MOST_S))
-                await asyncio.sleep(delay_s * (0.5 + self._rng() / 2))
-                delay_s = min(2 * delay_s, _DELAY_MOST_S)
-            else:
-                if self.trouble is not None:
-                    log.warning("%s: %s takes what is written again", self.volume.name, self.volume.shown)
-                self.trouble = self.trouble_since = None
-                return answer
-
-    def _troubled(self, error: TierblkError) -> None:
-        self.trouble_since = self.trouble_since or time.time()
-        self.trouble = error
-
 
 async def create_record(
-    store: Store,
     record: Record,
     encoded: bytes,
     create: Callable[[str, Sequence[bytes]], Awaitable[bool]],
-    persist: Callable[[Callable[[], Awaitable[bytes | None]]], Awaitable[bytes | None]],
+    read: Callable[[str], Awaitable[bytes | None]],
 ) -> tuple[Record, bytes]:
     """R16, for epochs and claims: create the record, or see which one is there. That one, and its bytes.
-    Whose it is the caller has to look at."""
+    Whose it is the caller has to look at. create, read: of the volume's store."""
     name = str(EpochName(record.epoch))
     if await create(name, [encoded]):
         return record, encoded
-    there = await persist(lambda: store.read(name, RECORD_BYTES_MAX))
+    there = await read(name)
     if there is None:
-        raise RemoteRefused(f"{name} exists in {store.shown} and cannot be read")
+        raise RemoteRefused(f"{name} exists in the store, and cannot be read")
     if there == encoded:
         return record, encoded
     return await asyncio.to_thread(decode_record, there, name=name), there

@@ -15,7 +15,7 @@ import pytest
 from tests.cache_rig import run_directory
 from tests.far_rig import TIMEOUT_S, Host, config_of
 from tests.far_store import FarStore
-from tierblk import claim
+from tierblk import claim, upload
 from tierblk.claim import Wishes
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
 from tierblk.errors import CacheError, Fenced, RemoteRefused, RemoteUnavailable
@@ -379,3 +379,25 @@ async def test_a_detach_that_cannot_upload_keeps_the_claim(
     await a.detach()
     await b.attach()
     assert await b.read(0, PAGE_BYTES) == b"1" * PAGE_BYTES
+
+
+async def test_uploads_give_way_to_readers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One goes on; the others when nobody waits for bytes any more."""
+    a = await world.attached("a", size=80 * MIB, upload_requests=4)
+    reading = True
+    a.volumes.demand = lambda: reading
+    world.store.holds = "data/"
+    world.store.go.clear()
+    monkeypatch.setattr(upload, "OBJECT_PAGES", 512)
+    for block in range(96):
+        await a.write(block * BLOCK_BYTES, random.randbytes(BLOCK_BYTES))
+    before = world.store.asked["create"]
+    syncing = asyncio.create_task(a.sync())
+    await until(lambda: world.store.asked["create"] > before)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert world.store.asked["create"] == before + 1
+    reading = False
+    await until(lambda: world.store.asked["create"] == before + 3)
+    world.store.go.set()
+    await syncing

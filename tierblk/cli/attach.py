@@ -86,7 +86,10 @@ def _body(loaded: Config, args: argparse.Namespace) -> dict[str, Any]:
 def _patience_s(loaded: Config) -> float:
     """Longer than the daemon can take for an attach: each request as often as the config allows."""
     remote = loaded.remote
-    return 60 + 2 * (remote.retries + 1) * (remote.connect_timeout + remote.read_timeout + remote.retry_delay)
+    asked = 2 if loaded.volume is None or loaded.volume.url is None else 8  # the store is asked more often
+    return 60 + asked * (remote.retries + 1) * (
+        remote.connect_timeout + remote.read_timeout + remote.retry_delay
+    )
 
 
 def finish(device: dict[str, Any], *, json: bool) -> None:

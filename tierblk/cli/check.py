@@ -1,6 +1,7 @@
-"""Says whether a config is right and changes nothing; with --connect, also whether the image can be read.
+"""Says whether a config is right and changes nothing; with --connect, also whether the image can be read, and
+whether the store of a volume can hold one (some objects below proof/ are made there, and deleted).
 
-With --json: {"ok": true, "path", "config", "remote"}, where remote is null without --connect.
+With --json: {"ok": true, "path", "config", "remote", "store"}, where the last two are null without --connect.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ HELP = "say whether a config is right"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, --connect."""
     parser.add_argument("config", metavar="CONFIG", help="a TOML file")
-    parser.add_argument("--connect", action="store_true", help="also open the image")
+    parser.add_argument("--connect", action="store_true", help="also open the image, and try the store")
     add_json(parser)
 
 
@@ -34,10 +35,13 @@ def run(args: argparse.Namespace) -> int:
 
     loaded = config.load(args.config)
     remote = asyncio.run(_look(loaded)) if args.connect and loaded.url else None
+    is_far = loaded.volume is not None and loaded.volume.url is not None
+    store = asyncio.run(_try(loaded)) if args.connect and is_far else None
     for warning in remote["warnings"] if remote else ():
         warn(warning)
     if args.json:
-        put_json({"ok": True, "path": str(loaded.path), "config": _public(loaded), "remote": remote})
+        document = {"ok": True, "path": str(loaded.path), "config": _public(loaded)}
+        put_json({**document, "remote": remote, "store": store})
         return 0
     device, cache = loaded.device, loaded.cache
     where = f"{cache.dir} ({format_size(cache.size)})"
@@ -46,6 +50,12 @@ def run(args: argparse.Namespace) -> int:
     if remote:
         size = f"{format_size(remote['size_bytes'])} ({remote['size_bytes']} bytes)"
         put(f"the image can be read: {size}, {remote['validator']}")
+    if store:
+        has = "has no volume yet"
+        if store["epoch"] is not None:
+            state = "released" if store["released"] else "held by a host"
+            has = f"has a volume of {format_size(store['size_bytes'])} at epoch {store['epoch']}, {state}"
+        put(f"the store can be used, of racing creations one wins; {store['url']} {has}")
     return 0
 
 
@@ -79,3 +89,29 @@ async def _look(loaded: Config) -> dict[str, Any]:
         "ranges": True,
         "warnings": [warning] if warning else [],
     }
+
+
+async def _try(loaded: Config) -> dict[str, Any]:
+    """Proves the store, and looks at what is there as an attach would. TierblkError."""
+    from tierblk import remote
+
+    assert loaded.volume is not None
+    assert loaded.volume.url is not None
+
+    async def open_it(url: str) -> remote.Store:
+        return await remote.open_store(url, loaded.store, loaded.remote)
+
+    store = await open_it(loaded.volume.url)
+    try:
+        await remote.prove(store)
+        found: dict[str, Any] = {"url": store.shown, "size_bytes": None, "epoch": None, "released": None}
+        if await remote.read_birth(store) is None:
+            return found
+        lineage = await remote.open_lineage(store, open_it)
+        head = (await remote.load(lineage)).head
+        name = str(remote.EpochName(head.epoch)) if head.epoch else None
+        data = await lineage.store_of(head.epoch).read(name, remote.RECORD_BYTES_MAX) if name else None
+        released = data is None or name is None or remote.decode_record(data, name=name).released
+        return {**found, "size_bytes": head.size_bytes, "epoch": head.epoch, "released": released}
+    finally:
+        await store.aclose()
