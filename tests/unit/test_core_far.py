@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine_rig import TIMEOUT_S
 from tests.core_far_rig import ALL, FarRig, page_of
-from tierblk.core import BLOCK_BYTES, FAIL, PAGE_BYTES, PREFETCH, Record, Sealed, crc32c
+from tierblk.core import BLOCK_BYTES, FAIL, PAGE_BYTES, PREFETCH, LocalDoor, Record, Sealed, crc32c
 
 A, B, NEW, ZEROS = page_of("a"), page_of("b"), page_of("n"), bytes(PAGE_BYTES)
 
@@ -369,3 +369,34 @@ def test_a_dirty_block_that_the_ssd_lost_is_an_error(rig: FarRig) -> None:
     rig.poll()
     assert rig.misses == 0
     rig.consistent()
+
+
+def test_a_slot_that_fails_beside_the_bases_which_does_not(tmp_path: Path) -> None:
+    rig = FarRig(tmp_path, base=b"i" * BLOCK_BYTES)
+    rig.finish(rig.read(1, 2))
+    door = LocalDoor(rig.engine, rig.base, queue_depth=4)
+    rig.door.write(0, A)
+    rig.epoch()
+    os.truncate(rig.slots_path, rig.entry(0)[0] * BLOCK_BYTES)
+    read = rig.read(0, 3)
+    rig.finish(read)
+    assert read.result() == A + b"i" * 2 * PAGE_BYTES
+    assert rig.misses == 2, "the base's block has not failed"
+    assert rig.engine.stats()["bad"] == 0
+    door.drain()
+    door.quit()
+    door.close()
+    rig.close()
+
+
+def test_both_slots_of_a_read_fail(tmp_path: Path) -> None:
+    rig = FarRig(tmp_path, base=b"i" * BLOCK_BYTES)
+    rig.finish(rig.read(1, 2))
+    rig.door.write(0, A)
+    rig.epoch()
+    os.truncate(rig.slots_path, BLOCK_BYTES)
+    read = rig.read(0, 3)
+    rig.finish(read)
+    assert read.result() == A + b"i" * 2 * PAGE_BYTES
+    rig.consistent()
+    rig.close()

@@ -302,7 +302,7 @@ static bool last_done(tb_req *req)
     tb_queue *queue = req->queue;
     if (req->pinned & PIN_VOLUME) {
         if (req->slot_failed & BAD_VOLUME && tb_forget_of_volume(queue->volume, req->block))
-            req->slot_failed ^= BAD_VOLUME | BAD_SLOT;
+            req->slot_failed = (req->slot_failed & ~BAD_VOLUME) | AGAIN; /* BAD_SLOT is the base's own */
         unpin(queue->volume, req->block);
     }
     if (req->pinned & PIN_BASE) {
