@@ -154,6 +154,30 @@ def test_a_fill_that_is_complete_while_its_block_moves_is_passed_through(rig: Fa
     rig.volume.end_epoch()
 
 
+def test_a_sealed_block_that_lost_all_its_pages_while_a_get_runs_is_not_moved(rig: FarRig) -> None:
+    """A discard has taken all that there was to move."""
+    dirty_page(rig, 0)
+    rig.stored({5: A})
+    read = rig.read(5)
+    rig.miss(0)
+    rig.volume.seal()
+    slot = rig.entry(0)[0]
+    rig.discard(0).result(TIMEOUT_S)
+    rig.write(1, NEW).result(TIMEOUT_S)
+    assert rig.take() == NEW
+    assert rig.door.stats()["moved"] == 0
+    assert rig.entry(0)[0] not in (0, slot)
+    assert rig.engine.stats()["pinned"] == 1, "the epoch's"
+    rig.fill(0, 1 << 5)
+    assert read.result(TIMEOUT_S) == A
+    rig.ended(0)
+    assert rig.masks(0) == (0b100011, 0b100010, 1, 0b11)
+    assert [(each.slot, each.dirty, each.zero) for each in rig.collect()] == [(slot, 1, 0)]
+    rig.volume.end_epoch()
+    assert rig.engine.stats()["pinned"] == 0
+    rig.consistent()
+
+
 def test_a_write_to_the_slot_that_fails_and_a_fill(rig: FarRig) -> None:
     """Of two pages only one fits the FIFO: that is a short write, as of a disk that fails. The pages stay the
     store's, and who waits for the SSD goes on."""

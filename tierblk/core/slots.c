@@ -144,7 +144,7 @@ bool tb_slot_for_all(const tb_engine *e)
  * instead. */
 uint32_t tb_entry_drop_slot(tb_layer *layer, tb_entry *entry, tb_head *head)
 {
-    if (!head->slot || head->cached || entry->readers || entry->writers || entry->fill)
+    if (!head->slot || head->cached || entry->readers || entry->writers || tb_filling(layer, entry))
         return 0;
     uint32_t slot = head->slot;
     head->slot = 0;
