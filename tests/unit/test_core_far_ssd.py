@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine_rig import TIMEOUT_S
 from tests.core_far_rig import FarRig, page_of, wait_for
+from tierblk.core import Sealed
 
 A, B, NEW, OLD = page_of("a"), page_of("b"), page_of("n"), page_of("o")
 
@@ -195,3 +196,40 @@ def test_a_write_to_the_slot_that_fails_and_a_fill(rig: FarRig) -> None:
     assert rig.results[0].pages in (0, 0b1100000)
     assert rig.masks(0)[3] == 1 << 5
     rig.consistent()
+
+
+def test_what_is_learned_while_a_block_moves_takes_no_slot_from_the_move(rig: FarRig) -> None:
+    dirty_page(rig, 0)
+    free = rig.engine.free_slots()
+    rig.volume.seal()
+    rig.volume.clean(rig.collect())
+    write = rig.write(1, NEW)
+    wait_for(lambda: rig.door.stats()["active"] == 1)
+    rig.looked_up()
+    rig.volume.learn([Sealed(0, 0, 1, 0)])
+    assert rig.entry(0)[1:] == (1, 0, 0, 0)
+    rig.give()
+    write.result(TIMEOUT_S)
+    assert rig.masks(0) == (0b11, 0b10, 0, 0b10)
+    rig.volume.end_epoch()
+    rig.commit()
+    assert rig.engine.free_slots() == free, "and none that was never a block's"
+    rig.consistent()
+
+
+def test_what_is_learned_while_a_fill_is_written_is_not_the_fills(rig: FarRig) -> None:
+    rig.stored({5: A})
+    read = rig.read(5)
+    rig.miss(0)
+    rig.stuff()
+    rig.fill(0, 1 << 5)
+    rig.obeyed()
+    assert read.result(TIMEOUT_S) == A
+    free = rig.engine.free_slots()
+    rig.volume.learn([Sealed(0, 0, 1 << 5, 1 << 5)])
+    assert rig.land() == [A]
+    rig.ended(0)
+    assert rig.entry(0) == (0, 32, 0, 32, 0)
+    rig.consistent()
+    rig.commit()
+    assert rig.engine.free_slots() == free + 1

@@ -22,7 +22,7 @@ int tb_layer_learn(tb_layer *layer, const tb_sealed *items, uint32_t count)
         head.cached &= (uint16_t)~pages;
         head.zero = (head.zero & (uint16_t)~pages) | (items[i].zero & pages);
         entry->overtaken |= pages;
-        uint32_t dropped = tb_entry_drop_slot(layer, entry, &head);
+        uint32_t dropped = head.flags & TB_ENTRY_MOVING ? 0 : tb_entry_drop_slot(layer, entry, &head); /* R2: it is being read */
         tb_entry_change(layer, entry, head);
         tb_map_mark(layer, block);
         if (dropped)

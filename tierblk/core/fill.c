@@ -125,6 +125,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
         tb_slot_own(e, fill->slot, layer, fill->block);
     tb_lock_take(stripe);
     tb_head head = entry->head;
+    uint16_t known = layer->is_volume ? entry->overtaken : 0; /* not by writes and discards, which have waited: learned, see far.c */
     if (cached) {
         if (!head.slot)
             head.slot = fill->slot;
@@ -133,8 +134,10 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
             entry->born = e->clock;
             TB_ADD(&e->probation, 1);
         }
+        cached &= (uint16_t)~known;
         head.cached |= cached;
     }
+    zero &= (uint16_t)~known;
     head.zero |= zero;
     entry->fill = 0;
     uint32_t dropped = layer->is_volume ? tb_entry_drop_slot(layer, entry, &head) : 0;
