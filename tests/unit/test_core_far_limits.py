@@ -101,6 +101,18 @@ def test_refused_writes_that_wait_for_space_end(tmp_path: Path) -> None:
     rig.close()
 
 
+def test_a_refused_write_does_not_begin_to_wait_for_space(tmp_path: Path) -> None:
+    """It was waiting for something else when the volume was refused."""
+    rig = full(tmp_path)
+    rig.stored({3 * 16: A})
+    write = rig.write(3 * 16, b"n" * 512)
+    rig.miss(3)
+    rig.volume.refuse(errno.EROFS)
+    rig.fill(3)
+    assert says(write) == errno.EROFS
+    rig.close()
+
+
 def test_writes_of_other_volumes_go_on_waiting(tmp_path: Path) -> None:
     rig = full(tmp_path)
     with (tmp_path / "other").open("w+b") as file:

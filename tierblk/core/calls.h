@@ -110,7 +110,7 @@ bool tb_wait_for_writes(tb_req *req, uint16_t pages, uint16_t own);
 void tb_wait_in_block(tb_req *req);
 uint16_t tb_writes_in(const tb_layer *volume, uint64_t block);
 tb_req *tb_waiters_in(const tb_layer *volume, uint64_t block);
-void tb_wait_for_space(tb_req *req, tb_lock *stripe);
+void tb_wait_for_space(tb_req *req, tb_lock *stripe, bool moves);
 void tb_write_failed(tb_req *req, int result);
 
 /* clear.c */
@@ -127,6 +127,7 @@ void tb_epoch_pin(tb_layer *layer, uint32_t slot);
 /* far.c */
 void tb_flush_by_epoch(tb_req *req);
 void tb_far_leave(tb_engine *engine);
+bool tb_refused_leave(const tb_layer *volume);
 
 /* move.c */
 void tb_move_begin(tb_req *req, tb_entry *entry, tb_head head, tb_lock *stripe);

@@ -51,13 +51,21 @@ static bool is_refused(const tb_req *req)
     return volume && TB_LOAD(&volume->refused);
 }
 
+/* Any thread: writes that wait for space end if their volume is refused; false: this one is not. */
+bool tb_refused_leave(const tb_layer *volume)
+{
+    int error = (int)__atomic_load_n(&volume->refused, __ATOMIC_SEQ_CST);
+    if (error)
+        tb_needy_wake(volume->engine, is_refused, -error);
+    return error != 0;
+}
+
 /* From now on nothing that changes the volume is acknowledged, nor a FLUSH; who waits for space gets the errno now (R19, I10). 0: as
  * before. */
 void tb_layer_refuse(tb_layer *layer, int error)
 {
     __atomic_store_n(&layer->refused, (uint32_t)(error < 0 ? -error : error), __ATOMIC_SEQ_CST);
-    if (error)
-        tb_needy_wake(layer->engine, is_refused, error < 0 ? error : -error);
+    tb_refused_leave(layer);
 }
 
 void tb_layer_flush_far(tb_layer *layer, int far)

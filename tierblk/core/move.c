@@ -59,7 +59,7 @@ void tb_move_begin(tb_req *req, tb_entry *entry, tb_head head, tb_lock *stripe)
     if (!slot) {
         give_up(req, entry, stripe);
         tb_lock_take(stripe);
-        tb_wait_for_space(req, stripe);
+        tb_wait_for_space(req, stripe, true);
         return;
     }
     req->moves = MOVE_READS;

@@ -17,7 +17,9 @@ void tb_begin(tb_req *req)
     req->slot = req->since_ms = 0;
     req->began = req->queue->now;
     TB_COUNT(&req->queue->stats.active, 1);
-    if (req->op != TB_OP_READ && refusal(req)) {
+    int refused = req->op == TB_OP_READ ? 0 : refusal(req);
+    if (refused) { /* said here: at its end it may be refused no more, and nothing of it was done */
+        req->result = -refused;
         tb_finish(req);
         return;
     }

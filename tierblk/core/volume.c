@@ -211,8 +211,8 @@ void tb_old_read(tb_req *req)
     tb_write_lookup(req);
 }
 
-/* Under the stripe lock, which it gives back. */
-void tb_wait_for_space(tb_req *req, tb_lock *stripe)
+/* Under the stripe lock, which it gives back. moves: any free slot will do (R14). */
+void tb_wait_for_space(tb_req *req, tb_lock *stripe, bool moves)
 {
     tb_engine *e = req->queue->engine;
     bool drains = __atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST);
@@ -225,7 +225,9 @@ void tb_wait_for_space(tb_req *req, tb_lock *stripe)
     }
     TB_COUNT(&req->queue->stats.space_waits, 1);
     tb_rouse(e);
-    if (tb_slot_for_all(e)) /* freed since it looked: whoever freed them may have woken nobody */
+    if (tb_refused_leave(req->queue->volume)) /* tb_layer_refuse may have woken those who waited before this one did */
+        return;
+    if (moves ? TB_LOAD(&e->free_count) != 0 : tb_slot_for_all(e)) /* freed since it looked: whoever freed them may have woken nobody */
         tb_needy_wake(e, NULL, 0);
     else if (tb_need_space(e))
         tb_ring_kick(&e->events);
@@ -288,7 +290,7 @@ void tb_write_lookup(tb_req *req)
         }
         head.slot = tb_slot_take_for_write(queue->engine);
         if (!head.slot) {
-            tb_wait_for_space(req, stripe);
+            tb_wait_for_space(req, stripe, false);
             return;
         }
         tb_slot_own(queue->engine, head.slot, volume, req->block);
