@@ -255,12 +255,13 @@ def file(name, size):
 slots, sums = file("slots", 9 * BLOCK_BYTES), file("sums", 9 * 64)
 engine = Engine(slots_fd=slots, slot_count=9, sums_fd=sums, staging_bytes=BLOCK_BYTES)
 size = 64 * BLOCK_BYTES
-volume = engine.open_layer(1, file("map", map_bytes(size)), size, kind="local")
+volume = engine.open_layer(1, file("map", map_bytes(size)), size, kind={kind!r})
 engine.finish_load()
 engine.set_watchdog(0.6)
 door = LocalDoor(engine, None, volume=volume)
 for block in range({blocks}):
     door.write(block * BLOCK_BYTES, bytes(4096))
+volume.flush_far({kind!r} == "write-back")
 door.flush()
 """
 
@@ -296,12 +297,13 @@ def test_the_watchdog_ends_a_silent_loop_only(beats: bool, tmp_path: Path) -> No
         assert "the event loop has not answered" in ended.stderr
 
 
-@pytest.mark.parametrize("what", ["a FLUSH", "a write without a slot"])
+@pytest.mark.parametrize("what", ["a FLUSH", "a FLUSH of the store", "a write without a slot"])
 def test_the_watchdog_knows_of_writers(what: str, tmp_path: Path) -> None:
-    """They wait for a commit, which a loop that has died will never run; no fill is under way."""
+    """They wait for a commit or an epoch, which a loop that has died will never run; no fill is under way."""
     root = str(Path(__file__).parents[2])
-    blocks = 1 if what == "a FLUSH" else 9
-    source = _SILENT_WRITER.format(root=root, blocks=blocks)
+    blocks = 9 if what == "a write without a slot" else 1
+    kind = "write-back" if what == "a FLUSH of the store" else "local"
+    source = _SILENT_WRITER.format(root=root, blocks=blocks, kind=kind)
     ended = run_source(source, tmp_path)
     assert ended.returncode == -signal.SIGABRT, ended.stderr
     assert "the event loop has not answered" in ended.stderr

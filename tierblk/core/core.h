@@ -103,7 +103,7 @@ struct tb_layer {
     bool is_volume, is_scratch, is_write_back;
     bool flushes_far; /* a FLUSH waits until its epoch is in the store (R14) */
     uint32_t refused; /* an errno: nothing that changes it is acknowledged any more (R19) */
-    tb_req *far_flushes; /* that wait for an epoch; a stack */
+    tb_req *far_flushes; /* that wait for an epoch; a stack, under the lock of its first stripe */
     uint64_t far_count;  /* how many there have been */
     uint32_t far_told;
 };
@@ -318,7 +318,7 @@ struct tb_engine {
     uint32_t needy_count, volume_slots; /* volume_slots: that blocks of volumes have */
     tb_req *flushes;     /* that wait for a commit of which Python has not been told; a stack */
     tb_journal journal;
-    uint32_t flush_told, flush_failed, failed_cycles, flushes_waiting; /* the last: also those that Python has taken */
+    uint32_t flush_told, flush_failed, failed_cycles, flushes_waiting; /* the last: also those that Python has taken, and those for the store */
     uint32_t drain_scan, filler_quit, need_space_told;
     uint64_t pace_ticks, pace_next, pace_longest, pace_shortest, pace_ns_per_tick; /* see pace.c; the last in 1/1024 */
     uint32_t pinned; /* slots that only a sealed epoch has */

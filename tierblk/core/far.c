@@ -84,8 +84,10 @@ void tb_flush_by_epoch(tb_req *req)
     bool drains = __atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST);
     if (!drains) {
         TB_ADD(&req->queue->stats.waiting, 1);
+        TB_ADD(&e->flushes_waiting, 1);
         req->due = __atomic_add_fetch(&volume->far_count, 1, __ATOMIC_SEQ_CST);
-        tb_push_req(&volume->far_flushes, req);
+        req->next = volume->far_flushes;
+        __atomic_store_n(&volume->far_flushes, req, __ATOMIC_RELAXED);
     }
     tb_lock_give(stripe);
     if (drains) {
@@ -97,29 +99,39 @@ void tb_flush_by_epoch(tb_req *req)
         tb_say(e, (tb_record){.kind = TB_EV_FLUSH, .layer = volume->id});
         tb_ring_kick(&e->events);
     }
+    tb_rouse(e);
 }
 
-/* At FLUSH with this layer: how many there have been. An epoch that is sealed after this call covers them. One that is counted and not
- * in the list yet tells again. */
+/* At FLUSH with this layer: how many there have been. An epoch that is sealed after this call covers them; who comes later tells again. */
 uint64_t tb_far_count(tb_layer *layer)
 {
     __atomic_store_n(&layer->far_told, 0, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&layer->far_count, __ATOMIC_SEQ_CST);
 }
 
-/* Ends those up to a count, and those of doors that drain; the others go on waiting. */
+/* Ends those up to a count, and those of doors that drain; the others go on waiting. The event loop and the filler do so at the same
+ * time: nobody is to miss those whom the other looks at, so the lock is held. */
 static void wake_far(tb_layer *layer, uint64_t upto, int result)
 {
-    tb_req *list = __atomic_exchange_n(&layer->far_flushes, NULL, __ATOMIC_SEQ_CST);
-    while (list) {
-        tb_req *req = list;
-        list = req->next;
-        bool drains = __atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST);
-        if (req->due > upto && !drains) {
-            tb_push_req(&layer->far_flushes, req);
+    tb_req **link = &layer->far_flushes, *gone = NULL;
+    tb_lock *stripe = tb_stripe(layer, 0);
+    tb_lock_take(stripe);
+    while (*link) {
+        tb_req *req = *link;
+        if (req->due > upto && !__atomic_load_n(&req->queue->draining, __ATOMIC_SEQ_CST)) {
+            link = &req->next;
             continue;
         }
+        *link = req->next;
         req->result = req->due > upto ? -EIO : result;
+        req->next = gone;
+        gone = req;
+    }
+    tb_lock_give(stripe);
+    while (gone) {
+        tb_req *req = gone;
+        gone = req->next;
+        TB_ADD(&layer->engine->flushes_waiting, -1u);
         tb_queue_hand_back(req);
     }
 }
