@@ -283,6 +283,23 @@ def test_what_is_learned_while_a_fill_runs_is_not_the_fills(rig: FarRig) -> None
     rig.consistent()
 
 
+def test_a_volume_is_not_cleared_while_a_fill_runs(rig: FarRig, tmp_path: Path) -> None:
+    """It outlasts the door that began it; here it never had one."""
+    with (tmp_path / "other").open("w+b") as file:
+        file.truncate(1 << 20)
+        other = rig.engine.open_layer(3, file.fileno(), BLOCK_BYTES, kind="write-back")
+        other.learn([Sealed(0, 0, 0b11, 0)])
+        rig.engine.push([Record(PREFETCH, layer=3, block=0, value=1, pages=64)])
+        event = rig.miss(0, layer=3)
+        with pytest.raises(OSError, match="busy"):
+            other.clear(0, 16)
+        rig.engine.push([Record(FAIL, token=event.token, result=-5)])
+        rig.until(lambda: not rig.asked)
+        assert other.clear(0, 16) is None
+        assert not other.peek_row(0)
+        rig.close()
+
+
 def test_only_what_did_not_change_since_is_cleaned(rig: FarRig) -> None:
     door, counts = rig.door, []
 

@@ -266,11 +266,22 @@ int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums)
     return failure ? failure : head.cached;
 }
 
+/* They outlast the doors that began them, and end in the entry. */
+static bool fills_run(const tb_layer *layer)
+{
+    const tb_engine *e = layer->engine;
+    uint32_t used = __atomic_load_n(&e->fills_used, __ATOMIC_ACQUIRE);
+    for (uint32_t i = 0; i < used; i++)
+        if (__atomic_load_n(&e->fills[i].state, __ATOMIC_ACQUIRE) != FILL_FREE && __atomic_load_n(&e->fills[i].layer, __ATOMIC_RELAXED) == layer)
+            return true;
+    return false;
+}
+
 /* Takes everything from a volume that nobody shows any more, `pages` map pages from *block on, which it moves on. 0: all is gone; 1: call
- * again. The slots wait for the commit that deletes the rows (I4). Event loop. */
+ * again; -EBUSY: a door uses it, or a fill runs. The slots wait for the commit that deletes the rows (I4). Event loop. */
 int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
 {
-    if (TB_LOAD(&layer->doors))
+    if (TB_LOAD(&layer->doors) || fills_run(layer))
         return -EBUSY;
     for (; *block < layer->blocks && pages > 0; pages--) {
         uint64_t first = tb_map_next(layer, *block, layer->blocks), end = first / PAGE_ENTRIES * PAGE_ENTRIES + PAGE_ENTRIES;
