@@ -224,6 +224,12 @@ void tb_epoch_end(tb_layer *layer)
 {
     if (!layer->sealing)
         return;
+    /* First: from here on no block is saved and no slot pinned, also when not all was collected. */
+    for (unsigned i = 0; i < TB_STRIPES; i++)
+        tb_lock_take(&layer->engine->stripes[i].lock);
+    layer->sealing = false;
+    for (unsigned i = 0; i < TB_STRIPES; i++)
+        tb_lock_give(&layer->engine->stripes[i].lock);
     for (uint64_t i = 0; i < layer->saved_count; i++) {
         uint64_t block = layer->saved[i].block;
         tb_entry *entry = &layer->entries[block];
@@ -234,11 +240,6 @@ void tb_epoch_end(tb_layer *layer)
         tb_entry_store(entry, head);
         tb_lock_give(stripe);
     }
-    for (unsigned i = 0; i < TB_STRIPES; i++)
-        tb_lock_take(&layer->engine->stripes[i].lock);
-    layer->sealing = false;
-    for (unsigned i = 0; i < TB_STRIPES; i++)
-        tb_lock_give(&layer->engine->stripes[i].lock);
     for (uint64_t i = 0; i < layer->pinned_count; i++)
         tb_slot_take_from_epoch(layer->engine, layer->pinned[i]);
     madvise(layer->saved, saved_bytes(layer), MADV_DONTNEED);

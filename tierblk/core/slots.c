@@ -150,6 +150,8 @@ uint32_t tb_entry_drop_slot(tb_layer *layer, tb_entry *entry, tb_head *head)
     head->slot = 0;
     if (head->flags & TB_ENTRY_SEALED) {
         head->flags &= (uint16_t)~TB_ENTRY_SEALED;
+        if (!layer->sealing) /* tb_epoch_end is about to take the flag away */
+            return slot;
         tb_epoch_pin(layer, slot);
         return 0;
     }
