@@ -353,6 +353,19 @@ def test_sums_go_to_the_slot_that_the_block_has_now(rig: FarRig) -> None:
     assert rig.masks(0)[3] == 1
 
 
+def test_sums_of_clean_pages_move_with_them(rig: FarRig) -> None:
+    rig.stored({5: B})
+    rig.finish(rig.read(5))
+    rig.door.write(0, A)
+    rig.volume.seal()
+    rig.door.write(PAGE_BYTES, NEW)
+    assert rig.door.stats()["moved"] == 1
+    mask, sums = rig.volume.page_sums(0)
+    assert (mask, sums[5]) == (0b100011, crc32c(B))
+    assert rig.masks(0)[3] == 0b11
+    rig.volume.end_epoch()
+
+
 def test_every_row_is_said_again_after_mark_all(rig: FarRig) -> None:
     rig.door.write(0, A)
     rig.epoch()

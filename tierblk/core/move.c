@@ -73,6 +73,17 @@ void tb_move_begin(tb_req *req, tb_entry *entry, tb_head head, tb_lock *stripe)
     transfer(req);
 }
 
+/* The sums of clean pages go with them. One that could not be written is one that does not fit, and costs a refetch. */
+static void copy_sums(const tb_req *req)
+{
+    uint32_t sums[TB_BLOCK_PAGES];
+    int fd = req->queue->engine->sums_fd;
+    ssize_t got = pread(fd, sums, sizeof sums, (off_t)req->move_from * 64);
+    if (got == (ssize_t)sizeof sums)
+        got = pwrite(fd, sums, sizeof sums, (off_t)req->move_to * 64);
+    (void)got;
+}
+
 /* The entry gets its new slot; the old one is the epoch's, which may have ended meanwhile. */
 static void switch_over(tb_req *req, tb_entry *entry, tb_lock *stripe)
 {
@@ -107,6 +118,8 @@ void tb_move_done(tb_req *req, int result, uint32_t expected)
     }
     tb_entry *entry = &volume->entries[req->block];
     tb_lock *stripe = tb_stripe(volume, req->block);
+    if (result == (int)expected && volume->is_write_back)
+        copy_sums(req);
     tb_lock_take(stripe);
     if (result == (int)expected) {
         switch_over(req, entry, stripe);
