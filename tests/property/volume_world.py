@@ -445,6 +445,8 @@ class VolumeWorld:
         journaled = self._with_journal(index)
         found += check(journaled, self.slots + 1)
         stats = daemon.engine.stats()
+        entries = [entry for rows in live for entry in _entries(rows)]
+        assert stats["dirty_slots"] == sum(bool(entry.cached & entry.dirty) for entry in entries), stats
         held = SlotCounts(*(stats[name] for name in SlotCounts._fields))
         if self.held is None:
             found += check_index(index, live, held) + check_index(journaled, live, held)

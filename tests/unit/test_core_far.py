@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine_rig import TIMEOUT_S
 from tests.core_far_rig import ALL, FarRig, page_of
+from tests.engine_rig import TIMEOUT_S
 from tierblk.core import BLOCK_BYTES, FAIL, PAGE_BYTES, PREFETCH, LocalDoor, Record, Sealed, crc32c
 
 A, B, NEW, ZEROS = page_of("a"), page_of("b"), page_of("n"), bytes(PAGE_BYTES)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine_rig import TIMEOUT_S
 from tests.core_far_rig import BLOCKS, VOLUME, FarRig, page_of, wait_for
+from tests.engine_rig import TIMEOUT_S
 from tierblk.core import BLOCK_BYTES, FLUSH, NEED_SPACE, PAGE_BYTES, LocalDoor
 
 A, NEW = page_of("a"), page_of("n")

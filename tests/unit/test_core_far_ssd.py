@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine_rig import TIMEOUT_S
 from tests.core_far_rig import FarRig, page_of, wait_for
+from tests.engine_rig import TIMEOUT_S
 from tierblk.core import Sealed
 
 A, B, NEW, OLD = page_of("a"), page_of("b"), page_of("n"), page_of("o")
