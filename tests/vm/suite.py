@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SCRATCH_BYTES = 16 * disks.GIB
 BOOT_LIMIT_S = 240
 TEST_LIMIT_S = 300
 SUITE_LIMIT_S = 3600
+VMS_AT_ONCE = 2
 # Make some tests longer, on request.
 LONGER = {
     name: os.environ[name] for name in ("TIERBLK_KILLS", "TIERBLK_DATABASE_ROUNDS") if name in os.environ
@@ -94,8 +96,9 @@ def cases() -> list[Case]:
     return found
 
 
-def run(group: Sequence[Case]) -> Boot:
-    """Boots the kernel of the cases (all of one boot) and runs exactly them."""
+def run(group: Sequence[Case], *, beside_others: bool = False) -> Boot:
+    """Boots the kernel of the cases (all of one boot) and runs exactly them. beside_others: another VM shows
+    what it does at the same time."""
     kernel = kernels.kernel(group[0].kernel)
     root = disks.test_root()
     ids = [f"/opt/tierblk/tests/vm/guest/{case.file}::{case.name}" for case in group]
@@ -109,7 +112,7 @@ def run(group: Sequence[Case]) -> Boot:
         "--tb=short",
     ]
     command += ["-o", f"timeout={TEST_LIMIT_S}", *ids]
-    listener = _Listener(f"kernel {kernel.release}", len(group))
+    listener = _Listener(f"kernel {kernel.release}", len(group), alone=not beside_others)
     with temporary("test") as folder:
         attached = [
             qemu.Disk("root", root, "snapshot"),
@@ -125,6 +128,18 @@ def run(group: Sequence[Case]) -> Boot:
     return Boot(listener.verdicts, trouble, "\n".join(outcome.tail))
 
 
+def _tried(group: Sequence[Case], beside_others: bool) -> Boot:
+    """Also when there is no VM."""
+    began_s = time.monotonic()
+    try:
+        return run(group, beside_others=beside_others)
+    except Exception as error:
+        kernel = group[0].kernel
+        return Boot(
+            {}, f"no VM with the {kernel} kernel after {time.monotonic() - began_s:.0f} s: {error}", ""
+        )
+
+
 def _limit_s(count: int) -> float:
     return min(SUITE_LIMIT_S, BOOT_LIMIT_S + count * TEST_LIMIT_S)
 
@@ -137,14 +152,18 @@ def _job(command: list[str]) -> str:
 class _Listener:
     """Turns the guest's notes into verdicts, and shows the person where it is."""
 
-    def __init__(self, title: str, count: int) -> None:
+    def __init__(self, title: str, count: int, *, alone: bool) -> None:
         self.verdicts: dict[tuple[str, str], Verdict] = {}
         self._title = title
         self._count = count
+        self._alone = alone
         self._step: Step | None = None
 
     def watch(self, machine: qemu.Machine) -> qemu.Outcome:
-        """Boots it under a line that moves."""
+        """Boots it under a line that moves; two such lines would be in each other's way."""
+        if not self._alone:
+            say(f"    {self._title}, {self._count} tests")
+            return qemu.boot(machine)
         with Step(f"{self._title}, {self._count} tests") as self._step:
             return qemu.boot(machine)
 
@@ -165,7 +184,8 @@ class _Listener:
             else:
                 verdict.words.append(f"{done}: {note.get('outcome')}\n{note.get('words', '')}")
             seconds = float(note.get("seconds", 0))
-            say(f"    {note.get('outcome'):>7} {seconds:6.1f} s  {done.rpartition('/')[2]}")
+            whose = "" if self._alone else f"{self._title.removeprefix('kernel ')}  "
+            say(f"    {note.get('outcome'):>7} {seconds:6.1f} s  {whose}{done.rpartition('/')[2]}")
 
     def _verdict(self, test_id: str) -> Verdict:
         path, _, name = test_id.partition("::")
@@ -173,25 +193,27 @@ class _Listener:
 
 
 class Suite:
-    """All boots of a session: a VM starts when the first of its cases is asked for."""
+    """All boots of a session: they begin when the first case is asked for, as many at once as there are
+    processors for. An emulator keeps one busy, with whatever number it shows its guest."""
 
     def __init__(self, selected: Sequence[Case]) -> None:
         self._selected = selected
-        self._boots: dict[tuple[str, str], Boot] = {}
+        self._boots: dict[tuple[str, str], Future[Boot]] = {}
+
+    def _begin(self) -> None:
+        groups: dict[tuple[str, str], list[Case]] = {}
+        for case in self._selected:
+            groups.setdefault(case.boot, []).append(case)
+        at_once = min(len(groups), VMS_AT_ONCE, os.cpu_count() or 1)
+        executor = ThreadPoolExecutor(at_once, "vm")
+        self._boots = {boot: executor.submit(_tried, group, at_once > 1) for boot, group in groups.items()}
+        executor.shutdown(wait=False)
 
     def check(self, case: Case) -> None:
         """Fails (AssertionError with the guest's words) unless every variant of the case ran and passed."""
-        if case.boot not in self._boots:
-            group = [other for other in self._selected if other.boot == case.boot]
-            began_s = time.monotonic()
-            try:
-                self._boots[case.boot] = run(group)
-            except Exception as error:
-                words = (
-                    f"no VM with the {case.kernel} kernel after {time.monotonic() - began_s:.0f} s: {error}"
-                )
-                self._boots[case.boot] = Boot({}, words, "")
-        boot = self._boots[case.boot]
+        if not self._boots:
+            self._begin()
+        boot = self._boots[case.boot].result()
         verdict = boot.verdicts.get((case.file, case.name), Verdict())
         if verdict.words:
             raise AssertionError("\n".join(verdict.words))
