@@ -88,11 +88,11 @@ def test_a_filesystem_outlives_the_cache_and_a_killed_daemon(scratch: Path, tier
 
 
 def test_fio_verifies_through_a_cache_that_is_smaller(scratch: Path, tierblk: Tierblk) -> None:
-    keys = {"volume__size": "96MiB", "volume__epoch_interval": "300ms", "cache_size": "24MiB"}
+    keys = {"volume__size": "40MiB", "volume__epoch_interval": "1s", "cache_size": "16MiB"}
     device = tierblk.attach(config_of(tierblk, "fio", scratch, "a", **keys))
     job = ["--name=v", f"--filename={device}", "--direct=1", "--ioengine=libaio", "--iodepth=16"]
-    job += ["--rw=randwrite", "--bsrange=4k-64k", "--bs_unaligned=0", "--size=96M", "--verify=crc32c"]
-    job += ["--verify_fatal=1", "--do_verify=1", "--randseed=221", "--fsync=64"]
+    job += ["--rw=randwrite", "--bsrange=4k-64k", "--bs_unaligned=0", "--size=40M", "--verify=crc32c"]
+    job += ["--verify_fatal=1", "--do_verify=1", "--randseed=221", "--fsync=256"]
     done = subprocess.run(["fio", *job], capture_output=True, text=True, timeout=FIO_LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     status = tierblk.status("fio")
