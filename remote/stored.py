@@ -70,8 +70,8 @@ class StoredPages:
     """See Source for what its methods promise. Offsets are multiples of 4096, and so are lengths, except that
     the volume's last page may be asked for only up to the volume's end.
 
-    Only pages that the map has in a piece are read: what is a hole in it counts as there, and its bytes in
-    the buffer are left alone.
+    Only pages that the map has in a piece are read; of a hole in it the buffer gets zeros. (A block map may
+    ask for one: over nothing, zeros are not kept in the extent map.)
     """
 
     def __init__(
@@ -102,8 +102,12 @@ class StoredPages:
         an object is not there."""
         view = buffer.cast("B")
         page, pages = self._pages(offset_bytes, len(view))
-        pieces = [piece for piece in self._extents.lookup(page, pages) if isinstance(piece, Piece)]
-        read = _Read(page, pages, view, progress)
+        read, pieces = _Read(page, pages, view, progress), list[Piece]()
+        for part in self._extents.lookup(page, pages):
+            if isinstance(part, Piece):
+                pieces.append(part)
+            else:
+                read.put(part.page, memoryview(bytes(part.pages * PAGE_BYTES)))
         read.want(pieces)
         ranges = _ranges(pieces)
         left = iter(ranges)

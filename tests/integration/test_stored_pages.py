@@ -108,7 +108,7 @@ def expected(volume: Volume, pages: dict[int, bytes], reading: Reading) -> bytes
         for at in range(piece.pages)
     }
     whole = b"".join(
-        pages[page] if page in there else bytes([MARK]) * PAGE_BYTES for page in range(first, first + count)
+        pages[page] if page in there else bytes(PAGE_BYTES) for page in range(first, first + count)
     )
     return whole[: len(reading.buffer)]
 
@@ -240,12 +240,12 @@ async def test_the_last_page_in_part_and_as_a_whole(source: Stored) -> None:
     assert whole == noise(198) + last
 
 
-async def test_holes_are_left_alone_and_ask_nobody(source: Stored, watched: dict[str, Watched]) -> None:
+async def test_holes_are_zeros_and_ask_nobody(source: Stored, watched: dict[str, Watched]) -> None:
     volume = Volume(BIRTH)
     volume.commit({50: noise(50)}, [(60, 10)])
     opened = await source(volume)
     reading = await Reading(51, 100).of(opened)
-    assert reading.buffer == bytes([MARK]) * 100 * PAGE_BYTES
+    assert reading.buffer == bytes(100 * PAGE_BYTES)
     assert (reading.told, watched["own"].ranges) == ([100 * PAGE_BYTES], [])
     assert (await Reading(40, 20).of(opened)).told == [10 * PAGE_BYTES, 20 * PAGE_BYTES]
 
