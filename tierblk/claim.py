@@ -318,8 +318,7 @@ async def catch_up(
             far.fence_by(record)
             break
         await far.apply(record, record_hash, learn=True)
-    else:
-        far.standing = far.standing.hold(True)
+        far.standing = far.standing.hold(not record.released)
     far.open(lineage)
 
 

@@ -273,8 +273,7 @@ class WriteBack:
                 await volume.apply(outcome, hash_of(encoded), learn=outcome.attempt != attempt)
                 if outcome.attempt == attempt:
                     await self._clean(packed)
-                    if release and not layer.dirty_pages():
-                        volume.standing = volume.standing.hold(False)
+                    volume.standing = volume.standing.hold(not release or layer.dirty_pages() > 0)
         finally:
             layer.end_epoch()
             self._flying = None
