@@ -1,7 +1,7 @@
 """Write-back: what was written to a volume becomes epochs in object storage, one after the other (DESIGN 8).
 
     1. seal                 one instant; the attempt becomes an intent (R10, R16)
-    2. commit cycle         begun after the seal; beside it the upload of the bytes (R12)
+    2. commit cycle         begun when the writes that were under way have ended; beside it the upload (R12)
     3. record               created once for ever; who finds another one there is fenced (R16, R19)
     4. extents, then masks  pages that nobody changed since the seal are clean (R13, I8)
 
@@ -260,10 +260,12 @@ class WriteBack:
         try:
             layer.seal()
             volume.standing = volume.standing.intend(number, attempt)
-            # R12: begun after the seal, with the intent. It runs beside the upload.
+            blocks = await self._collect()
+            # R12: begun with the intent, and behind the last write that the epoch has, which may have been
+            # under way at the seal: it would not be synced else (I13). It runs beside the upload.
             durable = asyncio.create_task(_as_coroutine(self._commit))
             try:
-                packed = await self._uploader.upload(number, attempt, await self._collect())
+                packed = await self._uploader.upload(number, attempt, blocks)
                 await asyncio.shield(durable)
             finally:
                 await asyncio.gather(durable, return_exceptions=True)

@@ -18,7 +18,7 @@ from tests.far_rig import TIMEOUT_S, Host, config_of
 from tests.far_store import FarStore
 from tierblk import claim, upload
 from tierblk.claim import Wishes
-from tierblk.core import BLOCK_BYTES, PAGE_BYTES
+from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Layer
 from tierblk.errors import CacheError, Fenced, RemoteRefused, RemoteUnavailable
 from tierblk.remote import RECORD_BYTES_MAX, EpochName, decode_record
 from tierblk.units import MIB
@@ -443,3 +443,32 @@ async def test_a_device_that_goes_on_right_after_its_attach_still_holds_its_volu
     await world.kill(a)
     a = await world.attached("a")
     assert await a.read(0, PAGE_BYTES) == b"1" * PAGE_BYTES
+
+
+async def test_a_write_under_way_at_the_seal_is_synced_before_the_record(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I13: it is in the epoch, so the commit cycle of the epoch begins behind it. Else a power cut could take
+    from here what the store has and a FLUSH was told."""
+    a = await world.attached("a")
+    await a.write(0, b"1" * PAGE_BYTES)
+    collect, cycle = Layer.collect, a.cache.committer._cycle
+    events, looked = list[str](), 0
+
+    def under_way(layer: Layer, map_pages: int) -> bool | None:
+        nonlocal looked
+        looked += 1
+        if looked <= 20:
+            return None
+        events.append("ended")
+        return collect(layer, map_pages)
+
+    async def watched() -> Any:
+        events.append("cycle")
+        return await cycle()
+
+    monkeypatch.setattr(Layer, "collect", under_way)
+    monkeypatch.setattr(a.cache.committer, "_cycle", watched)
+    world.store.before = lambda method, name: events.append(method)
+    await a.sync()
+    assert events == ["ended", "cycle", "create"]
