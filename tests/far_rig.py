@@ -47,11 +47,11 @@ def config_of(folder: Path, url: str, **volume: Any) -> Config:
 class Host:
     """From `start` to `stop` or `kill`."""
 
-    def __init__(self, config: Config, cache: Cache) -> None:
+    def __init__(self, config: Config, cache: Cache, reserve_slots: int = 8) -> None:
         self.config = config
         self.cache = cache
         self.bases = Bases(cache, self._end_fetches)
-        self.volumes = Volumes(cache, self._commit, self._end_fetches, reserve_slots=8)
+        self.volumes = Volumes(cache, self._commit, self._end_fetches, reserve_slots=reserve_slots)
         self.stacks = Stacks(cache, self.bases, self.volumes, None)  # type: ignore[arg-type]
         filled = ChainMap[int, Filled](self.bases.by_layer, self.volumes.by_layer)  # type: ignore[arg-type]
         self.fills = Fills(cache.engine, filled, 16)
