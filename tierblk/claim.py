@@ -262,8 +262,9 @@ class Claims:
                 continue  # an earlier attempt, whose answer was lost
             if not made.released and made.writer != taken_from:
                 raise _held(store, made)
-            for each in await follow(lineage, far.extents):
-                await far.learn(blocks_of(each.record))
+            # Of a copy: no commit may keep extents whose pages the block map has not learnt (R18).
+            for each in await follow(lineage, far.extents.copy()):
+                await far.apply(each.record, each.hash, learn=True)
             far.standing = far.standing.at(far.extents.head.epoch)
             await self._cache.commit()
         raise RemoteRefused(f"{store.shown} is written to faster than it can be claimed", "stop its writer")

@@ -107,9 +107,9 @@ class FarVolume(Filled):
     async def apply(self, record: Record, record_hash: bytes, *, learn: bool) -> None:
         """The next record is part of the extent map. learn: what it names is newer than what is cached and
         clean; not so for what was uploaded from here. RemoteRefused: it does not follow."""
-        await self._slices(self.extents.applying(record, record_hash))
-        if learn:
+        if learn:  # first: clean pages are never older than the extents that a commit keeps (R18)
             await self.learn(blocks_of(record))
+        await self._slices(self.extents.applying(record, record_hash))
         self.standing = self.standing.at(self.extents.head.epoch)
         self.epoch_unix_s = time.time()
 

@@ -277,6 +277,46 @@ async def test_another_host_is_refused_until_it_takes_over(world: World) -> None
     assert await a.read(0, 2 * PAGE_BYTES) == b"b" * PAGE_BYTES + bytes(PAGE_BYTES)
 
 
+async def test_a_take_over_that_fails_half_way_leaves_no_page_that_is_older_than_the_extents(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the loser of a race for an epoch reads of the log is kept by a commit only with what it means for
+    the pages that are cached (R18)."""
+    a = await world.attached("a")
+    await a.write(0, b"a" * BLOCK_BYTES)
+    await a.detach()
+    b = await world.attached("b")
+    head = b.far.extents.head.epoch
+    read = world.store.read
+    is_over = False
+
+    async def reading(name: str, limit_bytes: int) -> bytes | None:
+        nonlocal is_over
+        if name == str(EpochName(head + 2)) and is_over:
+            await a.upkeep.commit()
+            raise RemoteUnavailable("gone in the middle of the log")
+        return await read(name, limit_bytes)
+
+    commit = a.cache.commit
+
+    async def committed() -> Any:
+        """Between what a has read of the log and its claim b makes an epoch."""
+        nonlocal is_over
+        if not is_over:
+            is_over = True
+            await b.write(0, b"b" * PAGE_BYTES)
+            await b.sync()
+        return await commit()
+
+    monkeypatch.setattr(a.cache, "commit", committed)
+    world.store.read = reading  # type: ignore[method-assign]
+    with pytest.raises(RemoteUnavailable, match="in the middle of the log"):
+        await a.attach(Wishes(take_over=True))
+    world.store.read = read  # type: ignore[method-assign]
+    await a.attach(Wishes(take_over=True))
+    assert await a.read(0, BLOCK_BYTES) == b"b" * PAGE_BYTES + b"a" * (BLOCK_BYTES - PAGE_BYTES)
+
+
 async def test_what_is_clean_stays_cached_over_a_hop_and_what_changed_does_not(world: World) -> None:
     a = await world.attached("a")
     content = bytearray(random.Random(5).randbytes(SIZE))
