@@ -92,8 +92,7 @@ class Volumes:
         except TierblkError as error:  # refused for good, such as a log that is damaged: not to be added to
             far.fence(f"its log in the store cannot be read ({error})")
         if far.standing.fenced:
-            writer.abandon()
-            await self._commit_quietly()
+            await writer.fenced()
         else:
             writer.start()
 

@@ -104,10 +104,6 @@ class WriteBack:
         """The claim is ours, the extent map is at the head."""
         self._task = asyncio.create_task(self._run(), name=f"write-back of {self.volume.name}")
 
-    def abandon(self) -> None:
-        """Instead of start: fenced before it could begin. Those who wait hear it."""
-        self._fail(Fenced(f"{self.volume.name}: {self.volume.standing.fenced}"))
-
     async def stop(self) -> None:
         """At once, also in the middle of an epoch: what was dirty is dirty. For a daemon that hands over."""
         tasks = [task for task in (self._task, *self._side) if task is not None]
@@ -282,7 +278,7 @@ class WriteBack:
             if outcome is None or outcome.attempt != attempt:
                 self._asked = waiting + self._asked
         if outcome is None:
-            await self._fenced()
+            await self.fenced()
             return
         if outcome.attempt == attempt:
             self.epochs += 1
@@ -350,7 +346,8 @@ class WriteBack:
                     at += length
                 await asyncio.sleep(0)
 
-    async def _fenced(self) -> None:
+    async def fenced(self) -> None:
+        """The volume is fenced: who waits for an epoch hears it, and the index keeps it."""
         reason = self.volume.standing.fenced
         self._fail(Fenced(f"{self.volume.name}: {reason}"))
         with suppress(CacheError):  # said already; and the store will say it again

@@ -317,6 +317,22 @@ async def test_a_take_over_that_fails_half_way_leaves_no_page_that_is_older_than
     assert await a.read(0, BLOCK_BYTES) == b"b" * PAGE_BYTES + b"a" * (BLOCK_BYTES - PAGE_BYTES)
 
 
+async def test_who_waits_for_an_epoch_of_a_device_that_goes_on_hears_that_it_is_fenced(world: World) -> None:
+    a = await world.attached("a")
+    await a.write(0, b"a" * PAGE_BYTES)
+    await world.kill(a)
+    b = await world.attached("b", Wishes(take_over=True))
+    world.store.down = True
+    a = await world.host("a")
+    await a.attach(goes_on=True)
+    syncing = asyncio.create_task(a.sync())
+    await until(lambda: a.volumes.trouble is not None)
+    world.store.down = False
+    with pytest.raises(Fenced, match="another host has taken it over"):
+        await syncing
+    await world.kill(b)
+
+
 async def test_what_is_clean_stays_cached_over_a_hop_and_what_changed_does_not(world: World) -> None:
     a = await world.attached("a")
     content = bytearray(random.Random(5).randbytes(SIZE))
