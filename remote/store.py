@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from tierblk.errors import RemoteRefused, TierblkError
+from tierblk.errors import RemoteRefused, RemoteUnavailable, TierblkError
 
 PROOF_RACERS = 8
 """In turn, a server that looks first and then creates would pass."""
@@ -91,7 +91,8 @@ async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 async def prove(store: Store) -> None:
     """Of several that create the same name at once the store tells one that it did, and keeps that one's
-    bytes. RemoteRefused when not: it cannot keep two writers apart."""
+    bytes. RemoteRefused when not: it cannot keep two writers apart. RemoteUnavailable: try it again; also
+    when it told nobody, which is what an answer that was lost and asked for again looks like."""
     name = f"proof/{os.urandom(16).hex()}"
     bodies = [os.urandom(32) for _ in range(PROOF_RACERS)]
     made = await all_of(store.create(name, [body]) for body in bodies)
@@ -101,6 +102,8 @@ async def prove(store: Store) -> None:
     finally:
         with suppress(TierblkError):  # it is in nobody's way
             await store.delete(name)
+    if not winners and kept in bodies:
+        raise RemoteUnavailable(f"{store.shown} made an object, and who made it did not hear of it")
     if [kept] != winners:
         raise RemoteRefused(
             f"{store.shown} cannot hold volumes that are written to: of {PROOF_RACERS} that created one "

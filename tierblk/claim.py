@@ -108,8 +108,8 @@ class Claims:
         store = await _open(config, volume.url)
         found = Found(store, known=known, standing=standing)
         try:
-            await prove(store)
-            birth = await read_birth(store)
+            await _tried(lambda: prove(store))
+            birth = await _tried(lambda: read_birth(store))
             if birth is None:
                 if standing is not None and not wishes.discard_local:
                     raise RemoteRefused(
@@ -117,14 +117,14 @@ class Claims:
                         "put its objects back; `tierblk attach --discard-local` begins a new volume",
                     )
                 return found
-            found.lineage = await open_lineage(store, lambda url: _open(config, url))
+            found.lineage = await _tried(lambda: open_lineage(store, lambda url: _open(config, url)))
             is_another = standing is not None and standing.uuid != birth.uuid
             if is_another and not wishes.discard_local:
                 raise CacheError(
                     f"what the cache has as {name} is of another volume than {store.shown}",
                     "choose another device.name, or lose what is here: `tierblk attach --discard-local`",
                 )
-            await self._read(found, anew=wishes.discard_local)
+            await _tried(lambda: self._read(found, anew=wishes.discard_local))
             assert found.extents is not None
             _refuse_another(config, found.extents.head)
         except BaseException:
@@ -263,7 +263,7 @@ class Claims:
             if not made.released and made.writer != taken_from:
                 raise _held(store, made)
             # Of a copy: no commit may keep extents whose pages the block map has not learnt (R18).
-            for each in await follow(lineage, far.extents.copy()):
+            for each in await _tried(lambda: follow(lineage, far.extents.copy())):
                 await far.apply(each.record, each.hash, learn=True)
             far.standing = far.standing.at(far.extents.head.epoch)
             await self._cache.commit()

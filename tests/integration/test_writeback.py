@@ -317,6 +317,24 @@ async def test_a_take_over_that_fails_half_way_leaves_no_page_that_is_older_than
     assert await a.read(0, BLOCK_BYTES) == b"b" * PAGE_BYTES + b"a" * (BLOCK_BYTES - PAGE_BYTES)
 
 
+async def test_an_attach_survives_a_request_of_each_kind_that_fails(world: World) -> None:
+    a = await world.attached("a")
+    await a.write(0, b"a" * PAGE_BYTES)
+    await a.detach()
+    failed: set[tuple[str, str]] = set()
+
+    def fail_once(method: str, name: str) -> None:
+        kind = (method, name.partition("/")[0])
+        if kind not in failed:
+            failed.add(kind)
+            raise RemoteUnavailable("busy")
+
+    world.store.before = fail_once
+    b = await world.attached("b")
+    assert await b.read(0, PAGE_BYTES) == b"a" * PAGE_BYTES
+    assert {("create", "proof"), ("read", "volume.json"), ("read", "epoch"), ("create", "epoch")} <= failed
+
+
 async def test_who_waits_for_an_epoch_of_a_device_that_goes_on_hears_that_it_is_fenced(world: World) -> None:
     a = await world.attached("a")
     await a.write(0, b"a" * PAGE_BYTES)
