@@ -16,6 +16,7 @@ What an answer means (R16: what is not known is never guessed); the dialects' ow
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -34,6 +35,8 @@ from tierblk.remote.store import Bytes, Found, check_name
 from tierblk.remote.wallet import Wallet
 
 LISTING_BYTES_MAX = 8 << 20
+THREAD_BYTES = 256 * 1024
+"""A body of fewer is hashed before a thread would have begun."""
 _UNKNOWN = frozenset({408, 409, 429})  # and every 5xx
 
 C = TypeVar("C")
@@ -81,7 +84,7 @@ class Dialect(Protocol[C_contra]):
         """How many pages of a listing may follow each other that have nothing but the way to the next."""
 
     def authorised(self, request: Request, credentials: C_contra) -> tuple[str, Mapping[str, str]]:
-        """(query, headers) as they are sent, the query encoded."""
+        """(query, headers) as they are sent, the query encoded. Called in a thread for a large body."""
 
     def code(self, answer: Answer) -> str:
         """The vendor's word for what is wrong, empty when there is none; letters and digits only."""
@@ -231,7 +234,7 @@ class BucketStore(Generic[C]):
         """An answer that is neither a refusal of credentials that can be renewed nor one of no outcome."""
 
         async def once(credentials: C) -> Answer:
-            query, headers = self._dialect.authorised(request, credentials)
+            query, headers = await self._authorised(request, credentials)
             url = URL(f"{self._place.origin}{request.path}{'?' if query else ''}{query}", encoded=True)
             return await exchange(
                 self._session,
@@ -252,6 +255,12 @@ class BucketStore(Generic[C]):
         if answer.status in _UNKNOWN or answer.status >= 500 or self._dialect.is_unknown(answer):
             raise RemoteUnavailable(f"{asked}, but the server cannot say now {self._said(answer)}")
         return answer
+
+    async def _authorised(self, request: Request, credentials: C) -> tuple[str, Mapping[str, str]]:
+        """Off the loop when there is much to hash: of an object that is 10 ms and more."""
+        if sum(map(len, request.pieces)) < THREAD_BYTES:
+            return self._dialect.authorised(request, credentials)
+        return await asyncio.to_thread(self._dialect.authorised, request, credentials)
 
     async def _with_credentials(self, once: Callable[[C], Awaitable[Answer]]) -> Answer:
         credentials = await self._wallet.current()

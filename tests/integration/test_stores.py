@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.integration.seaweed import CREDENTIALS, SeaweedServer
 from tests.integration.servers import remote_settings
 from tierblk.config import StoreSettings
 from tierblk.errors import ConfigError, RemoteRefused, RemoteUnavailable
+from tierblk.remote import s3
 from tierblk.remote.az import AzSettings, AzStore
 from tierblk.remote.client import new_session
 from tierblk.remote.directory import DirectoryStore
@@ -24,7 +26,7 @@ from tierblk.remote.gs import GsSettings, GsStore
 from tierblk.remote.s3 import S3Store
 from tierblk.remote.sharedkey import SharedKey
 from tierblk.remote.sigv4 import Credentials
-from tierblk.remote.store import Found, Store, prove
+from tierblk.remote.store import Bytes, Found, Store, prove
 from tierblk.remote.stores import open_store as open_any
 from tierblk.remote.wallet import FixedWallet, Token
 
@@ -290,6 +292,25 @@ async def test_a_bucket_that_is_not_there_is_no_missing_object(seaweed: SeaweedS
     store = S3Store("s3://no-such-bucket/x", seaweed.settings, Purse(CREDENTIALS), session)
     with pytest.raises(RemoteRefused, match="404 NoSuchBucket"):
         await store.read("volume.json", 10)
+    await store.aclose()
+
+
+async def test_a_large_body_is_hashed_off_the_loop(
+    seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 MiB take 10 ms and more, in which no hit would be served."""
+    hashed: list[tuple[int, bool]] = []
+    sha256 = s3._sha256
+
+    def watched(pieces: Sequence[Bytes]) -> str:
+        hashed.append((sum(map(len, pieces)), threading.current_thread() is threading.main_thread()))
+        return sha256(pieces)
+
+    monkeypatch.setattr(s3, "_sha256", watched)
+    store = await s3_store(seaweed, "hashed")
+    assert await store.create("data/1", [bytes(100)])
+    assert await store.create("data/2", [bytes(8 * MIB), bytes(8 * MIB)])
+    assert hashed == [(100, True), (16 * MIB, False)]
     await store.aclose()
 
 
