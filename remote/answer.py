@@ -206,7 +206,7 @@ def _status_error(status: int, headers: Mapping[str, str], want: Want) -> Tierbl
     if status in WORTH_RETRYING or 500 <= status <= 599:
         return RemoteUnavailable(
             f"{want.asked}, but the server cannot answer now (status {status})",
-            retry_after_s=_retry_after_s(headers),
+            retry_after_s=retry_after_of(headers),
         )
     if _is_empty(status, headers, want):
         return RemoteRefused(
@@ -234,7 +234,7 @@ def _status_error(status: int, headers: Mapping[str, str], want: Want) -> Tierbl
     return kind(f"{want.asked} and expected 206, but got status {status}")
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+def retry_after_of(headers: Mapping[str, str]) -> float | None:
     """What Retry-After says: seconds, or a date. None when it is absent or says neither."""
     text = headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():

@@ -27,7 +27,7 @@ from yarl import URL
 
 from tierblk import address
 from tierblk.errors import ConfigError, RemoteMismatch, RemoteRefused, RemoteUnavailable, TierblkError
-from tierblk.remote.answer import Want, check_partial
+from tierblk.remote.answer import Want, check_partial, retry_after_of
 from tierblk.remote.exchange import ERROR_BYTES_MAX, Answer, exchange
 from tierblk.remote.listing import Page
 from tierblk.remote.sigv4 import encoded_path
@@ -253,7 +253,10 @@ class BucketStore(Generic[C]):
         if self._dialect.is_there_already(answer):
             return answer  # Azure says it with 409, which elsewhere says nothing
         if answer.status in _UNKNOWN or answer.status >= 500 or self._dialect.is_unknown(answer):
-            raise RemoteUnavailable(f"{asked}, but the server cannot say now {self._said(answer)}")
+            raise RemoteUnavailable(
+                f"{asked}, but the server cannot say now {self._said(answer)}",
+                retry_after_s=retry_after_of(answer.headers),
+            )
         return answer
 
     async def _authorised(self, request: Request, credentials: C) -> tuple[str, Mapping[str, str]]:

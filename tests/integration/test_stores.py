@@ -14,6 +14,7 @@ import pytest
 from tests.integration import model_az, model_gs
 from tests.integration.model_az import AzModel
 from tests.integration.model_gs import GsModel
+from tests.integration.models import Answered, Server
 from tests.integration.seaweed import CREDENTIALS, SeaweedServer
 from tests.integration.servers import remote_settings
 from tierblk.config import StoreSettings
@@ -23,7 +24,7 @@ from tierblk.remote.az import AzSettings, AzStore
 from tierblk.remote.client import new_session
 from tierblk.remote.directory import DirectoryStore
 from tierblk.remote.gs import GsSettings, GsStore
-from tierblk.remote.s3 import S3Store
+from tierblk.remote.s3 import S3Settings, S3Store
 from tierblk.remote.sharedkey import SharedKey
 from tierblk.remote.sigv4 import Credentials
 from tierblk.remote.store import Bytes, Found, Store, prove
@@ -312,6 +313,16 @@ async def test_a_large_body_is_hashed_off_the_loop(
     assert await store.create("data/2", [bytes(8 * MIB), bytes(8 * MIB)])
     assert hashed == [(100, True), (16 * MIB, False)]
     await store.aclose()
+
+
+async def test_how_long_a_server_asks_to_be_left_alone() -> None:
+    with Server(lambda asked: Answered(503, headers={"Retry-After": "7"})) as server:
+        session = await new_session(remote_settings())
+        store = S3Store("s3://bucket/x", S3Settings(endpoint=server.origin), Purse(CREDENTIALS), session)
+        with pytest.raises(RemoteUnavailable) as busy:
+            await store.create("data/1", [b"x"])
+        assert busy.value.retry_after_s == 7
+        await store.aclose()
 
 
 async def test_a_server_that_is_away_is_unavailable(seaweed: SeaweedServer) -> None:
