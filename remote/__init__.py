@@ -8,6 +8,7 @@ store: what volumes are written to. stores: which one an address opens. director
 bucket: what those behind HTTP share, with exchange (one request) and listing (the XML in answers). s3, gs and
 az: how each vendor is asked, with sigv4 and sharedkey, which sign. wallet: credentials and their renewal;
 credentials, google, azure: where they come from; tokens: how those of OAuth are asked for.
+patient: a store that tries a few times.
 
 What a volume is in object storage, without any network: names (of its objects), birth (volume.json), record
 and epoch (what an epoch changes, as values and as bytes), extents (where every page is, made of pieces and
@@ -30,6 +31,7 @@ from tierblk.remote.kept import Changes
 from tierblk.remote.lineage import Lineage, begin, open_lineage, read_birth
 from tierblk.remote.names import EpochName
 from tierblk.remote.pace import Priority, Ticket, TokenBucket
+from tierblk.remote.patient import PatientStore, tried
 from tierblk.remote.race import FetchCounters
 from tierblk.remote.record import (
     CRC_BYTES,
@@ -69,6 +71,7 @@ __all__ = [
     "Identity",
     "Lineage",
     "ObjectName",
+    "PatientStore",
     "Priority",
     "Progress",
     "RawImage",
@@ -91,5 +94,6 @@ __all__ = [
     "open_store",
     "prove",
     "read_birth",
+    "tried",
     "write_checkpoint",
 ]

@@ -23,7 +23,7 @@ from tierblk import address
 from tierblk import standing as standings
 from tierblk.cache import Cache, LayerRecord
 from tierblk.config import Config
-from tierblk.errors import CacheError, ConfigError, RemoteRefused, RemoteUnavailable
+from tierblk.errors import CacheError, ConfigError, RemoteRefused
 from tierblk.extent import PAGE_BYTES
 from tierblk.far import FarVolume, blocks_of
 from tierblk.remote import (
@@ -35,6 +35,7 @@ from tierblk.remote import (
     Head,
     Identity,
     Lineage,
+    PatientStore,
     Record,
     Store,
     begin,
@@ -47,6 +48,7 @@ from tierblk.remote import (
     open_store,
     prove,
     read_birth,
+    tried,
 )
 from tierblk.standing import ID_BYTES, Standing, new_writer, shown_writer
 from tierblk.units import format_exact_size, format_size
@@ -57,7 +59,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ROUNDS_MAX = 8
-_DELAYS_S = (0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,8 @@ class Claims:
         store = await _open(config, volume.url)
         found = Found(store, known=known, standing=standing)
         try:
-            await _tried(lambda: prove(store))
-            birth = await _tried(lambda: read_birth(store))
+            await tried(lambda: prove(store))
+            birth = await read_birth(store)
             if birth is None:
                 if standing is not None and not wishes.discard_local:
                     raise RemoteRefused(
@@ -117,14 +118,14 @@ class Claims:
                         "put its objects back; `tierblk attach --discard-local` begins a new volume",
                     )
                 return found
-            found.lineage = await _tried(lambda: open_lineage(store, lambda url: _open(config, url)))
+            found.lineage = await open_lineage(store, lambda url: _open(config, url))
             is_another = standing is not None and standing.uuid != birth.uuid
             if is_another and not wishes.discard_local:
                 raise CacheError(
                     f"what the cache has as {name} is of another volume than {store.shown}",
                     "choose another device.name, or lose what is here: `tierblk attach --discard-local`",
                 )
-            await _tried(lambda: self._read(found, anew=wishes.discard_local))
+            await self._read(found, anew=wishes.discard_local)
             assert found.extents is not None
             _refuse_another(config, found.extents.head)
         except BaseException:
@@ -242,10 +243,10 @@ class Claims:
         assert lineage is not None
 
         async def create(name: str, pieces: Sequence[bytes]) -> bool:
-            return await _tried(lambda: store.create(name, pieces))
+            return await tried(lambda: store.create(name, pieces))
 
         async def read(name: str) -> bytes | None:
-            return await _tried(lambda: store.read(name, RECORD_BYTES_MAX))
+            return await tried(lambda: store.read(name, RECORD_BYTES_MAX))
 
         for _ in range(_ROUNDS_MAX):
             head, attempt = far.extents.head, os.urandom(ID_BYTES)
@@ -263,7 +264,7 @@ class Claims:
             if not made.released and made.writer != taken_from:
                 raise _held(store, made)
             # Of a copy: no commit may keep extents whose pages the block map has not learnt (R18).
-            for each in await _tried(lambda: follow(lineage, far.extents.copy())):
+            for each in await follow(lineage, far.extents.copy()):
                 await far.apply(each.record, each.hash, learn=True)
             far.standing = far.standing.at(far.extents.head.epoch)
             await self._cache.commit()
@@ -324,7 +325,7 @@ async def catch_up(
 
 
 async def _open(config: Config, url: str) -> Store:
-    return await open_store(url, config.store, config.remote)
+    return PatientStore(await open_store(url, config.store, config.remote))
 
 
 async def _be_born(found: Found, config: Config, base: Identity | None) -> None:
@@ -333,7 +334,7 @@ async def _be_born(found: Found, config: Config, base: Identity | None) -> None:
     size_bytes = config.volume.size or (base.size_bytes if base else 0)
     below = BirthBase(base.url, base.size_bytes, base.validator) if base else None
     birth = Birth(uuid4(), size_bytes, below, None, int(time.time()))
-    made = await _tried(lambda: begin(found.store, birth))
+    made = await tried(lambda: begin(found.store, birth))
     if made != birth:
         raise RemoteRefused(f"{found.store.shown} was begun by another host at this moment", "attach again")
     found.lineage = await open_lineage(found.store, lambda url: _open(config, url))
@@ -351,7 +352,7 @@ async def _last_record(found: Found) -> Record | None:
     if epoch == 0 or found.lineage.store_of(epoch) is not found.store:
         return None
     name = str(EpochName(epoch))
-    data = await _tried(lambda: found.store.read(name, RECORD_BYTES_MAX))
+    data = await found.store.read(name, RECORD_BYTES_MAX)
     if data is None:
         raise RemoteRefused(f"{found.store.shown} has lost its {name}", "put the object back")
     return await asyncio.to_thread(decode_record, data, name=name)
@@ -424,14 +425,3 @@ def _claim(head: Head, attempt: bytes, writer: bytes) -> Record:
         rolled_back_to=0,
         created_unix_s=int(time.time()),
     )
-
-
-async def _tried(ask: Callable[[], Awaitable[T]]) -> T:
-    """A few times: somebody waits for the attach and had better hear what is wrong."""
-    for delay_s in _DELAYS_S:
-        try:
-            return await ask()
-        except RemoteUnavailable as error:
-            log.info("%s; trying again", error)
-            await asyncio.sleep(delay_s)
-    return await ask()

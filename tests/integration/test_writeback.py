@@ -335,6 +335,23 @@ async def test_an_attach_survives_a_request_of_each_kind_that_fails(world: World
     assert {("create", "proof"), ("read", "volume.json"), ("read", "epoch"), ("create", "epoch")} <= failed
 
 
+async def test_a_long_log_is_read_although_one_request_in_five_fails(world: World) -> None:
+    a = await world.attached("a")
+    for number in range(30):
+        await a.write(number * PAGE_BYTES, bytes([number + 1]) * PAGE_BYTES)
+        await a.sync()
+    await a.detach()
+    asked = iter(range(10_000))
+
+    def fail(method: str, name: str) -> None:
+        if method == "read" and next(asked) % 5 == 4:
+            raise RemoteUnavailable("busy")
+
+    world.store.before = fail
+    b = await world.attached("b")
+    assert await b.read(29 * PAGE_BYTES, PAGE_BYTES) == bytes([30]) * PAGE_BYTES
+
+
 async def test_who_waits_for_an_epoch_of_a_device_that_goes_on_hears_that_it_is_fenced(world: World) -> None:
     a = await world.attached("a")
     await a.write(0, b"a" * PAGE_BYTES)
