@@ -28,11 +28,21 @@ NAME = "vol"
 TIMEOUT_S = 20.0
 
 
-def config_of(folder: Path, url: str, **volume: Any) -> Config:
-    """A volume of 8 MiB over nothing, whose epochs begin when a test says so; of a cache of 16 MiB."""
-    document = {
-        "device": {"name": NAME},
-        "cache": {"dir": str(folder / "cache"), "size": CACHE_BYTES, "commit_interval": "600s"},
+def config_of(
+    folder: Path,
+    url: str,
+    *,
+    name: str = NAME,
+    endpoint: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    **volume: Any,
+) -> Config:
+    """A volume of 8 MiB over nothing, whose epochs begin when a test says so; of a cache of 16 MiB. endpoint:
+    of an S3 server."""
+    document: dict[str, Any] = {
+        "device": {"name": name},
+        "cache": {"dir": str(folder / "cache"), "size": cache_bytes, "commit_interval": "600s"},
+        **({"store": {"endpoint": endpoint}} if endpoint else {}),
         "volume": {
             "mode": "write-back",
             "url": url,
@@ -85,7 +95,9 @@ class Host:
         return self._door
 
     async def attach(self, wishes: Wishes = NO_WISHES, *, goes_on: bool = False) -> None:
-        self.stack = await self.stacks.open(self.config, NAME, wishes=wishes, goes_on=goes_on)
+        self.stack = await self.stacks.open(
+            self.config, self.config.device.name, wishes=wishes, goes_on=goes_on
+        )
         base, volume = self.stack.base, self.stack.volume
         assert volume is not None
         self._door = await asyncio.to_thread(

@@ -15,8 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tierblk.remote.s3 import S3Settings
+from tierblk.config import RemoteSettings
+from tierblk.remote.client import new_session
+from tierblk.remote.s3 import S3Settings, S3Store
 from tierblk.remote.sigv4 import EMPTY_SHA256, Credentials, signed_headers
+from tierblk.remote.wallet import FixedWallet
 
 BUCKET = "tierblk-test"
 CREDENTIALS = Credentials("TIERBLKACCESSKEY", "the secret of the tests")
@@ -30,8 +33,10 @@ SERVICES = ("master.port", "volume.port", "filer.port", "s3.port", "s3.port.iceb
 class SeaweedServer:
     """In a process of its own, its data below `home`; a context manager."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, volumes: int = 20) -> None:
+        """volumes: how often it may take another 64 MiB."""
         self._home = home
+        self._volumes = volumes
         self.port = 0
 
     def __enter__(self) -> Self:
@@ -50,7 +55,7 @@ class SeaweedServer:
                 Path(sys.executable).parent / "weed", "server", f"-dir={self._home / 'data'}",
                 "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                 "-filer", "-s3", f"-s3.config={self._home / 's3.json'}",
-                "-volume.max=20", "-master.volumeSizeLimitMB=64",
+                f"-volume.max={self._volumes}", "-master.volumeSizeLimitMB=64",
                 *(f"-{name}={port}" for name, port in zip(SERVICES, ports, strict=True)),
             ],
             stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output, cwd=self._home,
@@ -75,6 +80,13 @@ class SeaweedServer:
     def url(self, prefix: str) -> str:
         """The address of a prefix in its bucket."""
         return f"s3://{BUCKET}/{prefix}"
+
+    async def store(
+        self, url: str, *, endpoint: str | None = None, remote: RemoteSettings | None = None
+    ) -> S3Store:
+        """Opened. endpoint: of who stands between."""
+        settings = S3Settings(endpoint=endpoint or self.settings.endpoint)
+        return S3Store(url, settings, FixedWallet(CREDENTIALS), await new_session(remote or RemoteSettings()))
 
     def _stop(self) -> None:
         self._process.kill()  # asked to end, it would take its time; what it has is thrown away

@@ -1,4 +1,5 @@
-"""Runs one of the tortures; exits with 1 when anything was wrong. Needs root and a kernel with ublk."""
+"""Runs one of the tortures; exits with 1 when anything was wrong. All but consistency need
+root and a kernel with ublk."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.torture import cuts, databases, kills, reads
+from tests.torture import consistency, cuts, databases, kills, reads
 from tests.torture.rig import put_summary, say
 
 
@@ -21,6 +22,8 @@ def main() -> int:
         )
     elif options.run == "cuts":
         summary = cuts.go(cuts.Cuts(options.seed, options.count, options.folder))
+    elif options.run == "consistency":
+        summary = consistency.run(consistency.Consistency(options.seed, options.count, options.folder))
     elif options.run == "databases":
         names = tuple(options.only or databases.NAMES)
         summary = databases.go(
@@ -50,13 +53,18 @@ def _parser() -> argparse.ArgumentParser:
         )
         run.add_argument("--images", type=Path, default=Path("/srv"), help="a folder for the image")
         run.add_argument("--json", type=Path, help="the summary goes there too")
-    for name, text, count in (("cuts", cuts.__doc__, 200), ("databases", databases.__doc__, 50)):
+    for name, text, count in (
+        ("cuts", cuts.__doc__, 200),
+        ("databases", databases.__doc__, 50),
+        ("consistency", consistency.__doc__, 200),
+    ):
         run = runs.add_parser(name, help=text, description=text)
         run.add_argument("--seed", type=int, default=1)
         run.add_argument("--count", type=int, default=count)
         where = Path("/cache") / name
         run.add_argument("--folder", type=Path, default=where, help="made, and removed afterwards")
         run.add_argument("--json", type=Path, help="the summary goes there too")
+    runs.choices["consistency"].set_defaults(folder=Path("/tmp/tierblk-consistency"))
     runs.choices["databases"].add_argument("--plane", default="auto")
     runs.choices["databases"].add_argument("--only", choices=databases.NAMES, action="append")
     runs.choices["reads"].add_argument("--count", type=int, default=5000)
