@@ -21,7 +21,7 @@ from tierblk.upload import OBJECT_PAGES
 
 WRITES = 20_000
 SIZE = 256 * MIB
-CACHE_BYTES = 320 * MIB
+CACHE_BYTES = 768 * MIB  # a 4 KiB page takes a slot of 64 KiB: with fewer, epochs are made to come earlier
 DEFAULT = VolumeSettings.model_validate({"mode": "write-back"})
 
 pytestmark = pytest.mark.timeout(180)

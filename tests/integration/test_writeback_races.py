@@ -24,7 +24,7 @@ from tests.integration.seaweed import SeaweedServer
 from tierblk import claim
 from tierblk.claim import Wishes
 from tierblk.core import PAGE_BYTES, crc32c
-from tierblk.errors import CacheError, RemoteRefused
+from tierblk.errors import CacheError, Fenced, RemoteRefused
 from tierblk.far import FarVolume
 from tierblk.remote import (
     RECORD_BYTES_MAX,
@@ -41,7 +41,6 @@ from tierblk.remote import (
 from tierblk.remote.directory import DirectoryStore
 from tierblk.standing import shown_writer
 from tierblk.units import MIB
-from tierblk.writeback import Fenced
 
 ROUNDS = int(os.environ.get("TIERBLK_RACES", "20"))
 SEED = int(os.environ.get("TIERBLK_SEED", "1"))

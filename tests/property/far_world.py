@@ -26,17 +26,16 @@ from tests.property.far_host import TIMEOUT_S, FarHost, watch_layers
 from tests.property.far_log import FarLog
 from tests.property.far_model import SECTOR, VOLUME_BYTES, Line, Op, sector_bytes
 from tests.unit import volume_reader
-from tierblk import claim, upload, volumes, writeback
+from tierblk import claim, sending, upload, volumes, writeback
 from tierblk import config as configs
 from tierblk.cache import journal
 from tierblk.cache.directory import JOURNAL
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Layer, crc32c
-from tierblk.errors import CacheError, RemoteRefused, RemoteUnavailable
-from tierblk.remote import decode_record
+from tierblk.errors import CacheError, Fenced, RemoteRefused, RemoteUnavailable
+from tierblk.remote import decode_record, patient
 from tierblk.units import KIB, MIB
-from tierblk.writeback import Fenced
 
 T = TypeVar("T")
 
@@ -78,8 +77,9 @@ class FarWorld(FarLog):
         unzstd = zstandard.ZstdDecompressor().decompress
         return [
             patch.object(claim, "open_store", open_store),
-            patch.object(claim, "_DELAYS_S", (0.0, 0.0)),
-            patch.multiple(writeback, _DELAY_S=0.001, _DELAY_MOST_S=0.004),
+            patch.object(patient, "DELAYS_S", (0.0, 0.0)),
+            patch.multiple(sending, _DELAY_S=0.001, DELAY_MOST_S=0.004),
+            patch.object(writeback, "DELAY_MOST_S", 0.004),
             patch.object(volumes, "FINISH_S", 0.2),
             # Small, so that all kinds of epochs come.
             patch.multiple(upload, INLINE_PAGES=8, OBJECT_PAGES=24),
