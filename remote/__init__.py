@@ -20,6 +20,7 @@ stored (its pages, as a source).
 
 from tierblk.remote.birth import Base as BirthBase
 from tierblk.remote.birth import Birth
+from tierblk.remote.birth import Parent as BirthParent
 from tierblk.remote.epoch import RECORD_BYTES_MAX, hash_of
 from tierblk.remote.epoch import decode as decode_record
 from tierblk.remote.epoch import encode as encode_record
@@ -29,7 +30,7 @@ from tierblk.remote.history import follow, load, write_checkpoint
 from tierblk.remote.image import RawImage
 from tierblk.remote.kept import Changes
 from tierblk.remote.lineage import Lineage, begin, open_lineage, read_birth
-from tierblk.remote.names import EpochName
+from tierblk.remote.names import EpochName, SnapshotName
 from tierblk.remote.pace import Priority, Ticket, TokenBucket
 from tierblk.remote.patient import PatientStore, tried
 from tierblk.remote.race import FetchCounters
@@ -59,6 +60,7 @@ __all__ = [
     "RECORD_BYTES_MAX",
     "Birth",
     "BirthBase",
+    "BirthParent",
     "Changes",
     "Codec",
     "Data",
@@ -77,6 +79,7 @@ __all__ = [
     "RawImage",
     "Record",
     "Run",
+    "SnapshotName",
     "Source",
     "Store",
     "StoredPages",

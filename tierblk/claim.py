@@ -50,6 +50,7 @@ from tierblk.remote import (
     read_birth,
     tried,
 )
+from tierblk.rescue import clone
 from tierblk.standing import ID_BYTES, Standing, new_writer, shown_writer
 from tierblk.units import format_exact_size, format_size
 from tierblk.writeback import create_record
@@ -63,11 +64,12 @@ _ROUNDS_MAX = 8
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the user allows: to take the volume from a host that has not released it, and to lose what is in
-    this cache alone."""
+    """What the user allows: to take the volume from a host that has not released it; to lose what is in this
+    cache alone; to make a new volume of it, at the config's address."""
 
     take_over: bool = False
     discard_local: bool = False
+    clone_local: bool = False
 
 
 @dataclass(slots=True)
@@ -110,6 +112,9 @@ class Claims:
         found = Found(store, known=known, standing=standing)
         try:
             await tried(lambda: prove(store))
+            if wishes.clone_local:
+                await self._clone(found, config, volume.url)
+                return found
             birth = await read_birth(store)
             if birth is None:
                 if standing is not None and not wishes.discard_local:
@@ -132,6 +137,19 @@ class Claims:
             await found.aclose()
             raise
         return found
+
+    async def _clone(self, found: Found, config: Config, url: str) -> None:
+        """What the cache has becomes a volume at another address."""
+        if found.known is None or found.standing is None:
+            raise CacheError(
+                "the cache has nothing that a new volume could be made of",
+                "leave out --clone-local, which is for what could not be uploaded",
+            )
+        extents = await self._kept_extents(found.known, found.standing)
+        found.lineage, found.extents, found.standing = await clone(
+            found.store, url, found.standing, extents, lambda other: _open(config, other)
+        )
+        _refuse_another(config, found.extents.head)
 
     async def _read(self, found: Found, *, anew: bool) -> None:
         assert found.lineage is not None
@@ -387,7 +405,8 @@ def _refuse_to_lose(found: Found, name: str, divergent_bytes: int) -> None:
         raise CacheError(
             f"{format_size(divergent_bytes)} were written to {name} here, and then another host took "
             f"{found.store.shown} over: the two cannot be merged",
-            "`tierblk attach --discard-local` loses what is here alone",
+            "`tierblk attach --discard-local` loses what is here alone; with an empty prefix as volume.url, "
+            "`tierblk attach --clone-local` makes a new volume of it",
         )
 
 

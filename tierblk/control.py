@@ -4,7 +4,7 @@
     GET    /v1/devices         {"devices": [device, ...]}
     GET    /v1/devices/NAME    device
     POST   /v1/devices         {"config_path": str, "config": document, "take_over": bool,
-                               "discard_local": bool} -> device
+                               "discard_local": bool, "clone_local": bool} -> device
     DELETE /v1/devices/NAME    {"force": bool} -> {"detached": NAME, "warning": str or null}
     POST   /v1/devices/NAME/repin  device
     POST   /v1/devices/NAME/sync   {"wait": bool} -> device
@@ -205,7 +205,8 @@ class ControlServer:
             raise DaemonError("the client has hung up")
         self._attaching.add(client)
         try:
-            wishes = Wishes(body.get("take_over") is True, body.get("discard_local") is True)
+            asked = (body.get(key) is True for key in ("take_over", "discard_local", "clone_local"))
+            wishes = Wishes(*asked)
             device = await self.api.attach(config.parse(document, Path(path)), wishes)
         finally:
             self._attaching.discard(client)

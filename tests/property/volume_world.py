@@ -330,8 +330,13 @@ class VolumeWorld:
         self.refused |= self.daemon.cache.committer.refusal is not None
 
     def evict(self) -> None:
-        """Everything that may go."""
-        self.daemon._on_loop(lambda: self.daemon.engine.push([Record(EVICT, value=self.slots)]))
+        """Everything that may go. Counted as the upkeep's own, whose end is waited for."""
+
+        def ask() -> None:
+            self.daemon.upkeep._evicting_slots += self.slots
+            self.daemon.engine.push([Record(EVICT, value=self.slots)])
+
+        self.daemon._on_loop(ask)
 
     # -- epochs ---
 

@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="lose what was written here and is not in object storage, and go back to the last epoch",
     )
+    parser.add_argument(
+        "--clone-local",
+        action="store_true",
+        help="make a new volume at volume.url of what was written here and cannot be uploaded any more",
+    )
     # The child of --foreground: waits at this pipe for its parent's daemon instead of starting one.
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     add_json(parser)
@@ -80,6 +85,7 @@ def _body(loaded: Config, args: argparse.Namespace) -> dict[str, Any]:
         "config": loaded.to_document(),
         "take_over": args.take_over,
         "discard_local": args.discard_local,
+        "clone_local": args.clone_local,
     }
 
 
@@ -117,7 +123,7 @@ def _foreground(loaded: Config, args: argparse.Namespace) -> int:
         )
     ready_read, ready_write = os.pipe()
     arguments = ["attach", str(loaded.path), "--ready-fd", str(ready_read), "--timeout", f"{args.timeout_s}s"]
-    flags = ("--json", "--debug", "--take-over", "--discard-local")
+    flags = ("--json", "--debug", "--take-over", "--discard-local", "--clone-local")
     arguments += [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
     helper = subprocess.Popen(starting.command(*arguments), stdin=subprocess.DEVNULL, pass_fds=(ready_read,))
     os.close(ready_read)
