@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from errno import EROFS
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tierblk.claim import Wishes
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Layer
 from tierblk.errors import CacheError, Fenced, RemoteRefused, RemoteUnavailable
 from tierblk.remote import RECORD_BYTES_MAX, EpochName, decode_record
+from tierblk.remote.store import Bytes
 from tierblk.units import MIB
 
 SIZE = 8 * MIB
@@ -563,3 +564,43 @@ async def test_a_write_under_way_at_the_seal_is_synced_before_the_record(
     world.store.before = lambda method, name: events.append(method)
     await a.sync()
     assert events == ["ended", "cycle", "create"]
+
+
+async def test_an_earlier_attempt_that_arrives_late_is_adopted_and_no_success(world: World) -> None:
+    """R16: what was written since is in no record yet, although the epoch's number has one of ours."""
+    a = await world.attached("a")
+    await a.write(0, b"1" * BLOCK_BYTES)
+    await a.sync()
+    number = a.far.extents.head.epoch + 1
+    await a.write(0, b"2" * 2 * PAGE_BYTES)
+    late: list[bytes] = []
+    create = world.store.create
+
+    async def delay(name: str, pieces: Sequence[Bytes]) -> bool:
+        if not name.startswith("epoch/"):
+            return await create(name, pieces)
+        late.append(b"".join(pieces))
+        raise RemoteUnavailable("it is on its way")
+
+    world.store.create = delay  # type: ignore[method-assign]
+    syncing = asyncio.create_task(a.sync())
+    await until(lambda: a.volumes.trouble is not None)
+    await world.kill(a)
+    syncing.cancel()
+    await asyncio.gather(syncing, return_exceptions=True)
+    world.store.create = create  # type: ignore[method-assign]
+    a = await world.host("a")
+    await a.attach(goes_on=True)
+    await until(lambda: a.far.lineage is not None)
+    await a.write(PAGE_BYTES, b"3" * PAGE_BYTES)
+    await a.write(9 * BLOCK_BYTES, b"3" * PAGE_BYTES)
+    assert await world.store.inner.create(str(EpochName(number)), late[:1])
+    await a.sync()
+    assert a.far.extents.head.epoch == number + 1
+    assert await world.record(number) == decode_record(late[0], name="late")
+    await a.evict()
+    content = await a.content()
+    assert content[: 3 * PAGE_BYTES] == b"2" * PAGE_BYTES + b"3" * PAGE_BYTES + b"1" * PAGE_BYTES
+    await world.kill(a)
+    b = await world.attached("b", Wishes(take_over=True))
+    assert await b.content() == content

@@ -334,7 +334,14 @@ class WriteBackMachine(RuleBasedStateMachine):
 
         self.world.run(do())
 
-    @rule(which=which, ops=batches, later=batches, kill=st.booleans(), seed=seeds, when=st.integers(0, 3))
+    @rule(
+        which=which,
+        ops=batches,
+        later=batches,
+        kill=st.booleans(),
+        seed=seeds,
+        when=st.sampled_from([0, 1, 1, 2, 3]),
+    )
     def crash_with_a_record_on_its_way(
         self, which: int, ops: list[Op], later: list[Op], kill: bool, seed: int, when: int
     ) -> None:
