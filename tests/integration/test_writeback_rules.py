@@ -13,8 +13,7 @@ from tests.integration.test_writeback import World, until, world
 from tierblk.cache.rows import entries_of
 from tierblk.claim import Wishes
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
-from tierblk.errors import CacheError
-from tierblk.writeback import Fenced
+from tierblk.errors import CacheError, Fenced
 
 __all__ = ["world"]
 
