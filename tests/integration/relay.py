@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 import socket
 import struct
@@ -148,7 +149,7 @@ class Relay:
             request.method,
             URL(self._upstream + request.raw_path, encoded=True),
             headers={name: value for name, value in headers.items() if name not in _HOP},
-            data=body or None,
+            data=io.BytesIO(body) if body else None,  # of large ones aiohttp warns when they are bytes
             allow_redirects=False,
         ) as response:
             said = await response.read()

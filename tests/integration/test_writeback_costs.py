@@ -1,4 +1,5 @@
-"""What write-back costs: requests and bytes for random 4 KiB writes, and nothing while nothing is written."""
+"""What write-back costs: requests and bytes for random 4 KiB writes, none while nothing is written, and how
+much memory."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ from tierblk.upload import OBJECT_PAGES
 WRITES = 20_000
 SIZE = 256 * MIB
 CACHE_BYTES = 768 * MIB  # a 4 KiB page takes a slot of 64 KiB: with fewer, epochs are made to come earlier
+RSS_BYTES = 100 * MIB
+"""What an upload of any size may add: four objects of 16 MiB on their way, and what Python makes of it."""
 DEFAULT = VolumeSettings.model_validate({"mode": "write-back"})
 
 pytestmark = pytest.mark.timeout(180)
@@ -86,3 +89,30 @@ async def test_random_writes_with_the_default_settings(host: Host, store: FarSto
     print(f"{WRITES / puts:.0f} writes a PUT, {put_bytes / (WRITES * PAGE_BYTES):.3f} bytes a byte written")
     assert WRITES / puts >= 2000
     assert put_bytes <= 1.1 * WRITES * PAGE_BYTES
+
+
+def rss_bytes() -> int:
+    """Of this process; an upload's buffers count as shared memory."""
+    line = Path("/proc/self/status").read_text().partition("VmRSS:")[2]
+    return int(line.split()[0]) * 1024
+
+
+async def test_memory_while_much_waits_and_is_uploaded(host: Host, store: FarStore) -> None:
+    begun_bytes = rss_bytes()
+    store.down = True
+    pages = await asyncio.to_thread(write_all, host)
+    syncing = asyncio.create_task(host.volumes.sync(host.far))
+    async with asyncio.timeout(20):
+        while host.volumes.trouble is None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    waits_bytes = most_bytes = rss_bytes() - begun_bytes
+    store.down = False
+    async with asyncio.timeout(60):
+        while not syncing.done():
+            most_bytes = max(most_bytes, rss_bytes() - begun_bytes)
+            await asyncio.sleep(0)
+    await syncing
+    assert len(pages) * PAGE_BYTES > 64 * MIB
+    assert host.far.layer.dirty_pages() == 0
+    print(f"RSS grew by {waits_bytes / MIB:.0f} MiB while it waited, {most_bytes / MIB:.0f} MiB at most")
+    assert most_bytes < RSS_BYTES
