@@ -91,7 +91,7 @@ def test_a_filesystem_outlives_its_hosts(scratch: Path, tierblk: Tierblk) -> Non
             shutil.rmtree(scratch / "host")
             for left in RUN.glob("*/daemon.json"):  # a host that is lost has no run directory either
                 shutil.rmtree(left.parent)
-        words = ["attach", config, *(["--take-over"] if loses_cache else [])]
+        words: list[str | Path] = ["attach", config, *(["--take-over"] if loses_cache else [])]
         device = Path(tierblk.run(*words).stdout.split()[0])
         run("mount", device, folder)  # the journal is played back
         run("umount", folder)
