@@ -522,19 +522,23 @@ async def test_zeros_that_only_the_store_knows_are_no_others_bytes(world: World)
     assert await a.content() == content
 
 
-async def test_a_device_that_goes_on_right_after_its_attach_still_holds_its_volume(world: World) -> None:
+@pytest.mark.parametrize("pages", [0, 1])
+async def test_a_device_that_goes_on_right_after_its_attach_still_holds_its_volume(
+    world: World, pages: int
+) -> None:
     """The claim is known from the store alone then."""
     a = await world.attached("a")
     await world.kill(a)
     a = await world.host("a")
     await a.attach(goes_on=True)
     await until(lambda: a.far.lineage is not None)
-    await a.write(0, b"1" * PAGE_BYTES)
-    await a.sync()
+    if pages:
+        await a.write(0, b"1" * PAGE_BYTES)
+        await a.sync()
     await a.upkeep.commit()
     await world.kill(a)
     a = await world.attached("a")
-    assert await a.read(0, PAGE_BYTES) == b"1" * PAGE_BYTES
+    assert await a.read(0, pages * PAGE_BYTES) == b"1" * pages * PAGE_BYTES
 
 
 async def test_a_write_under_way_at_the_seal_is_synced_before_the_record(

@@ -111,3 +111,20 @@ async def test_r19_a_fence_outlives_the_daemon_and_needs_no_store(world: World) 
     world.store.down = False
     with suppress(Fenced):
         await b.sync()
+
+
+async def test_r19_a_device_that_goes_on_is_fenced_when_it_hears_of_another_writer(world: World) -> None:
+    a = await world.attached("a")
+    await a.write(0, b"a" * PAGE_BYTES)
+    await world.kill(a)
+    b = await world.attached("b", TAKE_OVER)
+    a = await world.host("a")
+    await a.attach(goes_on=True)
+    await until(lambda: a.far.lineage is not None)
+    with pytest.raises(OSError) as error:  # noqa: PT011
+        await a.write(0, b"x" * PAGE_BYTES)
+    assert error.value.errno == EROFS
+    with pytest.raises(Fenced, match="another host has taken it over"):
+        await a.sync()
+    assert await a.read(0, PAGE_BYTES) == b"a" * PAGE_BYTES
+    assert await b.read(0, PAGE_BYTES) == bytes(PAGE_BYTES)
