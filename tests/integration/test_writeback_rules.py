@@ -9,7 +9,7 @@ from errno import EROFS
 
 import pytest
 
-from tests.integration.test_writeback import World, until, world
+from tests.integration.far_world import World, until, world
 from tierblk.cache.rows import entries_of
 from tierblk.claim import Wishes
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
