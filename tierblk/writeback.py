@@ -194,6 +194,11 @@ class WriteBack:
     async def _run(self) -> None:
         while not self.volume.standing.fenced:
             await self._due()
+            if not self._releases and not self.volume.layer.dirty_pages():
+                # The epoch that was under way when they asked had all of it.
+                waiting, self._asked = self._asked, []
+                _answer(waiting)
+                continue
             release = self._releases
             self._hurries = False
             self._epoch_began_s = self._clock()

@@ -82,6 +82,21 @@ async def test_an_idle_volume_sends_nothing_and_a_small_epoch_is_one_put(world: 
     assert world.store.asked.total() == before + 1
 
 
+async def test_an_epoch_under_way_answers_whoever_asks_for_what_it_has(world: World) -> None:
+    """Also a second one who asks is no reason for an empty epoch."""
+    a = await world.attached("a")
+    await a.write(0, b"1" * PAGE_BYTES)
+    world.store.go.clear()
+    before = world.store.asked["create"]
+    first = asyncio.create_task(a.sync())
+    await until(lambda: world.store.asked["create"] > before)
+    second = asyncio.create_task(a.sync())
+    await asyncio.sleep(0)
+    world.store.go.set()
+    await asyncio.gather(first, second)
+    assert world.store.asked["create"] == before + 1
+
+
 async def test_a_killed_daemon_goes_on_with_its_map(world: World) -> None:
     rng = random.Random(2)
     content = bytearray(SIZE)
