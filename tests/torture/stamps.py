@@ -140,7 +140,9 @@ class History:
         elif kept == "none":
             limit = seal.ended if seal else -1
         shown = [self._shown(content, page, wrong) for page in range(len(self.pages))]
-        if kept == "none":  # a prefix: what ended before anything began that is there
+        # A prefix: what ended before anything began that is there. Not so when memory was lost before the cut
+        # that is looked at, and nobody looked then: of what was not flushed any part may have been left.
+        if kept == "none" and self._survives is None:
             needed = max(
                 [needed, *(max(each.issued for each in found) for found in shown if len(found) == 1)]
             )
