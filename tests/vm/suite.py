@@ -30,7 +30,9 @@ SUITE_LIMIT_S = 3600
 VMS_AT_ONCE = 2
 # Make some tests longer, on request.
 LONGER = {
-    name: os.environ[name] for name in ("TIERBLK_KILLS", "TIERBLK_DATABASE_ROUNDS") if name in os.environ
+    name: os.environ[name]
+    for name in ("TIERBLK_KILLS", "TIERBLK_DATABASE_ROUNDS", "TIERBLK_HOSTS_LOST")
+    if name in os.environ
 }
 if LONGER:
     TEST_LIMIT_S *= 10
