@@ -82,6 +82,21 @@ class FakeDaemon:
             },
             "warnings": ["the image was cut off"] if name == "cut" else [],
         }
+        if config.volume is not None and config.volume.url is not None:
+            wished = wishes.take_over or wishes.discard_local or wishes.clone_local
+            self._devices[name] |= {
+                "volume": "write-back",
+                "write_back": {
+                    "url": config.volume.url,
+                    "epoch": 7,
+                    "dirty_bytes": 0 if wished else 4096,
+                    "dirty_since": time.time() - 60,
+                    "put_requests": 3,
+                    "put_bytes": 70_000,
+                    "fenced": None,
+                    "trouble": None,
+                },
+            }
         return self._devices[name]
 
     async def detach(self, name: str, *, force: bool = False) -> None:
@@ -92,7 +107,10 @@ class FakeDaemon:
         del self._devices[name]
 
     async def sync(self, name: str, *, wait: bool) -> dict[str, Any]:
-        return self.device(name)
+        device = self.device(name)
+        if wait and "write_back" in device:
+            device["write_back"]["dirty_bytes"] = 0
+        return device
 
     async def repin(self, name: str) -> dict[str, Any]:
         return self.device(name)
