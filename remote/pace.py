@@ -147,6 +147,7 @@ class Places:
             else:
                 with suppress(ValueError):  # _advance has met it already
                     self._queues[waiter.priority].remove(waiter)
+                self._advance()  # the timer may have been for this one
             raise
 
     def give(self, ticket: Ticket | None = None, unused_bytes: int = 0) -> None:

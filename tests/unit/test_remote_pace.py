@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.fetcher_rig import in_virtual_time, now_s
@@ -191,6 +191,7 @@ def test_demand_does_not_wait_for_what_readahead_took() -> None:
     st.integers(1, 9),
     st.booleans(),
 )
+@example([(Priority.DEMAND, length, "cancel") for length in (1601, 50_000, 50_000, 1)], 1, True)
 def test_everybody_gets_a_place_and_gives_it_back(
     requests: list[tuple[Priority, int, str]], count: int, capped: bool
 ) -> None:
