@@ -25,7 +25,7 @@ from tierblk.cache import Cache, LayerRecord
 from tierblk.config import Config
 from tierblk.errors import CacheError, ConfigError, RemoteRefused
 from tierblk.extent import PAGE_BYTES
-from tierblk.far import FarVolume, blocks_of
+from tierblk.far import FarVolume, blocks_of, learn_blocks
 from tierblk.remote import (
     RECORD_BYTES_MAX,
     Birth,
@@ -53,7 +53,7 @@ from tierblk.remote import (
 from tierblk.rescue import clone
 from tierblk.standing import ID_BYTES, Standing, new_writer, shown_writer
 from tierblk.units import format_exact_size, format_size
-from tierblk.writeback import create_record
+from tierblk.writeback import create_record, record_after
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class Claims:
             return
         # What others wrote since is newer than what is clean here; of our own it is the same.
         for record in found.followed:
-            layer.learn(list(blocks_of(record)))
+            await learn_blocks(layer, blocks_of(record))
 
     async def _open_layer(self, found: Found, config: Config, name: str, base: Identity | None) -> FarVolume:
         extents = found.extents
@@ -270,7 +270,7 @@ class Claims:
             head, attempt = far.extents.head, os.urandom(ID_BYTES)
             far.standing = far.standing.intend(head.epoch + 1, attempt)
             await self._cache.commit()  # R12: a record without an intent here would be nobody's
-            claim = _claim(head, attempt, far.standing.writer)
+            claim = record_after(head, attempt, far.standing.writer)
             made, encoded = await create_record(claim, encode_record(claim), create, read)
             if far.standing.is_ours(made.epoch, made.attempt):
                 await far.apply(made, hash_of(encoded), learn=True)
@@ -427,20 +427,3 @@ def _refuse_another(config: Config, head: Head) -> None:
             f"the volume in {volume.url} lies over {address.shown(base.url)}",
             "let base.url say so: what was written means nothing without what is below it",
         )
-
-
-def _claim(head: Head, attempt: bytes, writer: bytes) -> Record:
-    """An empty epoch."""
-    return Record(
-        uuid=head.uuid,
-        epoch=head.epoch + 1,
-        attempt=attempt,
-        writer=writer,
-        previous=head.hash,
-        size_bytes=head.size_bytes,
-        base_visible_bytes=head.base_visible_bytes,
-        base=head.base,
-        released=False,
-        rolled_back_to=0,
-        created_unix_s=int(time.time()),
-    )

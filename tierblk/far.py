@@ -108,25 +108,14 @@ class FarVolume(Filled):
         """The next record is part of the extent map. learn: what it names is newer than what is cached and
         clean; not so for what was uploaded from here. RemoteRefused: it does not follow."""
         if learn:  # first: clean pages are never older than the extents that a commit keeps (R18)
-            await self.learn(blocks_of(record))
+            await learn_blocks(self.layer, blocks_of(record))
         await self._slices(self.extents.applying(record, record_hash))
         self.standing = self.standing.at(self.extents.head.epoch)
         self.epoch_unix_s = time.time()
 
-    async def learn(self, blocks: Iterable[Sealed]) -> None:
-        """See Layer.learn; in pieces."""
-        batch: list[Sealed] = []
-        for block in blocks:
-            batch.append(block)
-            if len(batch) == _LEARN_BLOCKS:
-                self.layer.learn(batch)
-                batch.clear()
-                await asyncio.sleep(0)
-        self.layer.learn(batch)
-
     async def learn_all(self) -> None:
         """The block map, which knows nothing yet, learns what the store has."""
-        await self.learn(_sealed(_map_pages(self.extents)))
+        await learn_blocks(self.layer, _sealed(_map_pages(self.extents)))
 
     async def _slices(self, steps: Iterator[None]) -> None:
         clock = asyncio.get_running_loop().time
@@ -160,6 +149,18 @@ class FarVolume(Filled):
     async def aclose(self) -> None:
         if self.lineage is not None:
             await self.lineage.aclose()
+
+
+async def learn_blocks(layer: Layer, blocks: Iterable[Sealed]) -> None:
+    """See Layer.learn; in pieces."""
+    batch: list[Sealed] = []
+    for block in blocks:
+        batch.append(block)
+        if len(batch) == _LEARN_BLOCKS:
+            layer.learn(batch)
+            batch.clear()
+            await asyncio.sleep(0)
+    layer.learn(batch)
 
 
 def blocks_of(record: Record) -> Iterator[Sealed]:

@@ -74,7 +74,7 @@ class Uploader:
         self._layer = layer
         self._create = create
         self._requests = requests
-        self._compress = _compressor() if compression == "zstd" else None
+        self._compressor = _zstd if compression == "zstd" else None
 
     async def upload(self, epoch: int, attempt: bytes, blocks: list[Sealed]) -> Packed:
         """All that these blocks were at the seal; the objects are there when it returns. OSError: the SSD
@@ -118,8 +118,8 @@ class Uploader:
         _, sums = await _in_thread(self._layer.read_sealed, group.blocks, buffer)
         runs = list(runs_of(group, sums))
         pieces: list[bytes | memoryview] = [buffer]
-        if self._compress is not None:
-            runs, pieces = await _in_thread(compressed, runs, buffer, group.n, self._compress)
+        if self._compressor is not None:
+            runs, pieces = await _in_thread(compressed, runs, buffer, group.n, self._compressor)
         length_bytes = sum(map(len, pieces))
         if group.n == IN_RECORD:
             packed.inline = b"".join(pieces)
@@ -193,9 +193,11 @@ def runs_of(group: Group, sums: bytes) -> Iterator[Run]:
 
 
 def compressed(
-    runs: Sequence[Run], raw: memoryview, n: int, compress: Callable[[memoryview], bytes]
+    runs: Sequence[Run], raw: memoryview, n: int, compressor: Callable[[], Callable[[memoryview], bytes]]
 ) -> tuple[list[Run], list[bytes | memoryview]]:
-    """The same runs, each compressed where that is worth it, and their bytes in order."""
+    """The same runs, each compressed where that is worth it, and their bytes in order. compressor: makes one
+    for this call, since one serves one thread at a time."""
+    compress = compressor()
     begin = at_bytes = INLINE_AT if n == IN_RECORD else 0
     kept: list[Run] = []
     pieces: list[bytes | memoryview] = []
@@ -220,11 +222,10 @@ def compressed(
     return kept, pieces
 
 
-def _compressor() -> Callable[[memoryview], bytes]:
-    """Of its own for each call: one object serves one thread at a time."""
+def _zstd() -> Callable[[memoryview], bytes]:
     import zstandard
 
-    return lambda data: bytes(zstandard.ZstdCompressor(level=1).compress(data))
+    return zstandard.ZstdCompressor(level=1).compress
 
 
 def mask_runs(mask: int) -> Iterator[tuple[int, int]]:

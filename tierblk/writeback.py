@@ -26,6 +26,7 @@ from tierblk.errors import CacheError, Fenced, RemoteRefused, TierblkError
 from tierblk.far import FarVolume
 from tierblk.remote import (
     EpochName,
+    Head,
     Record,
     decode_record,
     encode_record,
@@ -270,7 +271,9 @@ class WriteBack:
                 await asyncio.shield(durable)
             finally:
                 await asyncio.gather(durable, return_exceptions=True)
-            made = self._record(number, attempt, packed, release=release)
+            made = record_after(
+                volume.extents.head, attempt, volume.standing.writer, packed, released=release
+            )
             outcome, encoded = await self._make(made)
             if outcome is not None:
                 await volume.apply(outcome, hash_of(encoded), learn=outcome.attempt != attempt)
@@ -305,26 +308,6 @@ class WriteBack:
             blocks += batch
             await asyncio.sleep(0)
         return blocks
-
-    def _record(self, number: int, attempt: bytes, packed: Packed, *, release: bool) -> Record:
-        head = self.volume.extents.head
-        return Record(
-            uuid=head.uuid,
-            epoch=number,
-            attempt=attempt,
-            writer=self.volume.standing.writer,
-            previous=head.hash,
-            size_bytes=head.size_bytes,
-            base_visible_bytes=head.base_visible_bytes,
-            base=head.base,
-            released=release,
-            rolled_back_to=0,
-            created_unix_s=int(time.time()),
-            data=tuple(packed.data),
-            runs=tuple(packed.runs),
-            zeroes=tuple(packed.zeroes),
-            inline=packed.inline,
-        )
 
     async def _make(self, record: Record) -> tuple[Record | None, bytes]:
         """R16: the record that is there now under this epoch's name, with its bytes: this one, or an earlier
@@ -381,6 +364,30 @@ class WriteBack:
             self.sender.puts += 1
         except (TierblkError, ValueError) as error:  # it only spares reading
             log.warning("%s: no checkpoint could be written: %s", self.volume.name, error)
+
+
+def record_after(
+    head: Head, attempt: bytes, writer: bytes, packed: Packed | None = None, *, released: bool = False
+) -> Record:
+    """The record of the next epoch behind a head; without anything packed it changes nothing, as a claim."""
+    packed = packed or Packed()
+    return Record(
+        uuid=head.uuid,
+        epoch=head.epoch + 1,
+        attempt=attempt,
+        writer=writer,
+        previous=head.hash,
+        size_bytes=head.size_bytes,
+        base_visible_bytes=head.base_visible_bytes,
+        base=head.base,
+        released=released,
+        rolled_back_to=0,
+        created_unix_s=int(time.time()),
+        data=tuple(packed.data),
+        runs=tuple(packed.runs),
+        zeroes=tuple(packed.zeroes),
+        inline=packed.inline,
+    )
 
 
 async def create_record(
