@@ -104,6 +104,13 @@ class WriteBack:
     def start(self) -> None:
         """The claim is ours, the extent map is at the head."""
         self._task = asyncio.create_task(self._run(), name=f"write-back of {self.volume.name}")
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """It shall not die in silence, or nobody would know that nothing is uploaded any more."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("write-back of %s died of a bug: %r", self.volume.name, error, exc_info=error)
+            self.sender.failed(CacheError(f"write-back ended by an internal error: {error!r:.200}"))
 
     async def stop(self) -> None:
         """At once, also in the middle of an epoch: what was dirty is dirty. For a daemon that hands over."""
