@@ -196,14 +196,14 @@ class Volumes:
         if share >= dirt.HURRY:
             self.hurry()
         epoch_s = max((writer.epoch_s for writer in writers), default=0.0)
-        pace = dirt.blocks_per_s(share, slots=stats["slots"], epoch_s=epoch_s) if writers else None
+        pace = dirt.blocks_per_s(share, slots=_room_slots(stats), epoch_s=epoch_s) if writers else None
         self.slows = pace is not None
         return pace
 
     def _fullness(self, writer: WriteBack, stats: dict[str, int]) -> float:
         return dirt.fullness(
-            dirty_slots=stats["dirty_slots"] + stats["pinned"],
-            slots=stats["slots"] - stats["bad"],
+            dirty_slots=stats["far_slots"] + stats["pinned"],
+            slots=_room_slots(stats),
             dirty_bytes=writer.volume.layer.dirty_pages() * PAGE_BYTES,
             max_dirty_bytes=writer.max_dirty_bytes,
         )
@@ -223,6 +223,11 @@ def far_of(stack: Stack) -> FarVolume | None:
     """The volume of a stack, if it is one in object storage."""
     far = stack.volume.far if stack.volume else None
     return far if isinstance(far, FarVolume) else None
+
+
+def _room_slots(stats: dict[str, int]) -> int:
+    """All but those that are bad, or that volumes have which nobody uploads."""
+    return stats["slots"] - stats["bad"] - (stats["dirty_slots"] - stats["far_slots"])
 
 
 def _kept(far: FarVolume, why: str) -> str | None:

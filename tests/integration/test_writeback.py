@@ -12,7 +12,7 @@ import pytest
 from tests.integration.far_world import World, changed, until, world
 from tierblk import upload
 from tierblk.claim import Wishes
-from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Layer
+from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Layer, LocalDoor
 from tierblk.errors import RemoteUnavailable
 from tierblk.units import MIB
 
@@ -297,3 +297,35 @@ async def test_a_write_under_way_at_the_seal_is_synced_before_the_record(
     world.store.before = lambda method, name: events.append(method)
     await a.sync()
     assert events == ["ended", "cycle", "create"]
+
+
+async def test_what_other_volumes_keep_for_good_slows_no_write_down(world: World) -> None:
+    """A local volume's slots are dirty for ever, and no upload makes room of them."""
+    a = await world.attached("a")
+    local = await a.cache.volume_layer("local", "local", SIZE * 2, None)
+    door = LocalDoor(a.cache.engine, None, volume=local, size_bytes=SIZE * 2, queue_depth=4)
+    try:
+        for block in range(170):  # of 255 slots, of which 191 may be dirty
+            await asyncio.to_thread(door.write, block * BLOCK_BYTES, b"l" * PAGE_BYTES)
+        await a.write(0, b"1" * PAGE_BYTES)
+        stats = a.cache.engine.stats()
+        assert stats["dirty_slots"] == 171
+        assert a.volumes.pace_per_s(stats) is None
+        for block in range(64):
+            await a.write(block * BLOCK_BYTES, b"1" * PAGE_BYTES)
+        assert a.volumes.pace_per_s(a.cache.engine.stats()) is not None, (
+            "of what is left most is to be uploaded"
+        )
+    finally:
+        door.drain()
+        door.quit()
+        await asyncio.to_thread(door.close)
+
+
+async def test_a_write_back_that_dies_of_a_bug_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = await world.attached("a")
+    monkeypatch.setattr(upload, "split", lambda _: 1 // 0)
+    await a.write(0, b"1" * PAGE_BYTES)
+    await a.volumes.sync(a.far, wait=False)
+    await until(lambda: a.volumes.trouble is not None)
+    assert "ended by an internal error: ZeroDivisionError" in str(a.upkeep.trouble)

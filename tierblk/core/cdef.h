@@ -62,7 +62,7 @@ typedef struct {
 
 typedef struct {
     uint64_t slots, free, quarantined, bad, probation, fills, slot_write_errors, slot_writes, slot_write_calls, zero_blocks;
-    uint64_t evicted, released, passed_blocks, expired, needy, flush_failed, volume_slots, dirty_slots, pinned;
+    uint64_t evicted, released, passed_blocks, expired, needy, flush_failed, volume_slots, dirty_slots, far_slots, pinned;
 } tb_cache_stats;
 
 /* Latencies of requests, from the turn in which they came to the one in which they were done: how many, by tier and by

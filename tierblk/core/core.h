@@ -322,7 +322,8 @@ struct tb_engine {
     uint32_t drain_scan, filler_quit, need_space_told;
     uint64_t pace_ticks, pace_next, pace_longest, pace_shortest, pace_ns_per_tick; /* see pace.c; the last in 1/1024 */
     uint32_t pinned; /* slots that only a sealed epoch has */
-    uint32_t dirty_slots; /* of blocks with pages that are nowhere else */
+    uint32_t dirty_slots; /* of blocks with pages that are nowhere else, */
+    uint32_t far_slots;   /* and those of them that an upload makes clean */
     uint32_t reserve; /* free slots that are kept for moves (R14) */
     uint32_t vain; /* nothing could be evicted: not asked again, but by a write that waits, before a commit */
     uint32_t impatient; /* doors whose patience ends some time */
@@ -418,6 +419,8 @@ static inline void tb_entry_change(tb_layer *layer, tb_entry *entry, tb_head hea
     int holds = (int)tb_head_holds(head) - (int)tb_head_holds(entry->head);
     if (holds)
         TB_ADD(&layer->engine->dirty_slots, (uint32_t)holds);
+    if (holds && layer->is_write_back)
+        TB_ADD(&layer->engine->far_slots, (uint32_t)holds);
     int cached = __builtin_popcount(head.cached) - __builtin_popcount(entry->head.cached);
     int dirty = __builtin_popcount(head.dirty) - __builtin_popcount(entry->head.dirty);
     if (cached)

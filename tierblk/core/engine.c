@@ -182,6 +182,7 @@ void tb_engine_stats(tb_engine *e, tb_cache_stats *out)
     out->probation = TB_LOAD(&e->probation);
     out->volume_slots = TB_LOAD(&e->volume_slots);
     out->dirty_slots = TB_LOAD(&e->dirty_slots);
+    out->far_slots = TB_LOAD(&e->far_slots);
     out->pinned = TB_LOAD(&e->pinned);
     out->needy = TB_LOAD(&e->needy_count);
     out->flush_failed = TB_LOAD(&e->flush_failed);

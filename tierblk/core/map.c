@@ -137,6 +137,7 @@ static void adopt(tb_layer *layer, uint64_t block, tb_head head)
     layer->cached_pages += (uint64_t)__builtin_popcount(head.cached);
     layer->dirty_pages += (uint64_t)__builtin_popcount(head.dirty);
     layer->engine->dirty_slots += tb_head_holds(head);
+    layer->engine->far_slots += tb_head_holds(head) && layer->is_write_back;
     tb_entry_store(&layer->entries[block], head);
 }
 
