@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,11 +17,12 @@ from tests.integration.volume_store import (
     OpenStore,
     Watched,
     content,
-    folder_stores,
     grow,
+    open_store,
     page,
     put,
     record_name,
+    threads,
 )
 from tests.unit.volume_rig import Volume
 from tierblk.errors import RemoteRefused
@@ -40,15 +40,7 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]
         yield server
 
 
-@pytest.fixture
-async def open_store(tmp_path: Path) -> AsyncIterator[OpenStore]:
-    async with folder_stores(tmp_path) as open_one:
-        yield open_one
-
-
-@pytest.fixture(params=[1 << 30, 1], ids=["on the loop", "in threads"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "THREAD_BYTES", request.param)
+__all__ = ["open_store", "threads"]  # fixtures
 
 
 async def no_parent(url: str) -> Watched:

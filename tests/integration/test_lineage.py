@@ -3,9 +3,7 @@ cloned. And chains that are none."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -18,11 +16,12 @@ from tests.integration.volume_store import (
     OpenStore,
     Watched,
     content,
-    folder_stores,
     grow,
+    open_store,
     page,
     put,
     record_name,
+    threads,
 )
 from tests.unit.volume_rig import UUID_1, Volume
 from tierblk.errors import RemoteRefused
@@ -31,16 +30,7 @@ from tierblk.remote import history, lineage
 from tierblk.remote.birth import Parent
 from tierblk.remote.history import open_lineage
 
-
-@pytest.fixture
-async def open_store(tmp_path: Path) -> AsyncIterator[OpenStore]:
-    async with folder_stores(tmp_path) as open_one:
-        yield open_one
-
-
-@pytest.fixture(params=[1 << 30, 1], ids=["on the loop", "in threads"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "THREAD_BYTES", request.param)
+__all__ = ["open_store", "threads"]  # fixtures
 
 
 def made() -> dict[str, Volume]:

@@ -7,8 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID
 
+import pytest
+
 from tests.unit.volume_rig import BASE, UUID_1, Volume
 from tierblk.extent import PAGE_BYTES
+from tierblk.remote import history
 from tierblk.remote.birth import Birth
 from tierblk.remote.directory import DirectoryStore
 from tierblk.remote.extents import ExtentMap
@@ -134,3 +137,14 @@ async def folder_stores(root: Path) -> AsyncIterator[OpenStore]:
     yield open_one
     for store in opened:
         await store.aclose()
+
+
+@pytest.fixture
+async def open_store(tmp_path: Path) -> AsyncIterator[OpenStore]:
+    async with folder_stores(tmp_path) as open_one:
+        yield open_one
+
+
+@pytest.fixture(params=[1 << 30, 1], ids=["on the loop", "in threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "THREAD_BYTES", request.param)

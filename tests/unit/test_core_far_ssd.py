@@ -28,6 +28,16 @@ def dirty_page(rig: FarRig, page: int) -> None:
     assert rig.take() == OLD
 
 
+def begin_ssd_write(rig: FarRig) -> None:
+    """A fill of page 5 of block 0 has answered its reader, and its write to the slot is held."""
+    read = rig.read(5)
+    rig.miss(0)
+    rig.stuff()
+    rig.fill(0, 1 << 5)
+    rig.obeyed()
+    assert read.result(TIMEOUT_S) == A
+
+
 def test_a_write_in_flight_when_the_fill_begins_is_not_overwritten(rig: FarRig) -> None:
     rig.stored({5: A, 6: B})
     rig.stuff()
@@ -50,12 +60,7 @@ def test_a_write_in_flight_when_the_fill_begins_is_not_overwritten(rig: FarRig) 
 def test_a_write_waits_for_the_fills_ssd_write_of_its_page(rig: FarRig) -> None:
     dirty_page(rig, 0)
     rig.stored({5: A})
-    read = rig.read(5)
-    rig.miss(0)
-    rig.stuff()
-    rig.fill(0, 1 << 5)
-    rig.obeyed()
-    assert read.result(TIMEOUT_S) == A
+    begin_ssd_write(rig)
     same, discard = rig.write(5, NEW), rig.discard(5)
     rig.waits(2)
     other = rig.write(7, B)
@@ -70,12 +75,7 @@ def test_a_write_waits_for_the_fills_ssd_write_of_its_page(rig: FarRig) -> None:
 def test_a_write_whose_block_has_no_slot_waits_for_the_one_of_the_fill(rig: FarRig) -> None:
     free = rig.engine.free_slots()
     rig.stored({5: A})
-    read = rig.read(5)
-    rig.miss(0)
-    rig.stuff()
-    rig.fill(0, 1 << 5)
-    rig.obeyed()
-    read.result(TIMEOUT_S)
+    begin_ssd_write(rig)
     write = rig.write(7, NEW)
     rig.waits(1)
     assert rig.land(write) == [A, NEW]
@@ -86,12 +86,7 @@ def test_a_write_whose_block_has_no_slot_waits_for_the_one_of_the_fill(rig: FarR
 
 def test_part_of_a_page_meets_the_fill_that_writes_it(rig: FarRig) -> None:
     rig.stored({5: A})
-    read = rig.read(5)
-    rig.miss(0)
-    rig.stuff()
-    rig.fill(0, 1 << 5)
-    rig.obeyed()
-    assert read.result(TIMEOUT_S) == A
+    begin_ssd_write(rig)
     write = rig.write(5, b"n" * 512)
     rig.waits(1)
     assert rig.land(write) == [A, b"n" * 512 + A[512:]]
@@ -116,12 +111,7 @@ def test_a_move_waits_for_no_get(rig: FarRig) -> None:
 def test_a_move_waits_for_the_fills_ssd_write(rig: FarRig) -> None:
     dirty_page(rig, 0)
     rig.stored({5: A})
-    read = rig.read(5)
-    rig.miss(0)
-    rig.stuff()
-    rig.fill(0, 1 << 5)
-    rig.obeyed()
-    read.result(TIMEOUT_S)
+    begin_ssd_write(rig)
     rig.volume.seal()
     write = rig.write(1, NEW)
     rig.waits(1)
@@ -219,12 +209,7 @@ def test_what_is_learned_while_a_block_moves_takes_no_slot_from_the_move(rig: Fa
 
 def test_what_is_learned_while_a_fill_is_written_is_not_the_fills(rig: FarRig) -> None:
     rig.stored({5: A})
-    read = rig.read(5)
-    rig.miss(0)
-    rig.stuff()
-    rig.fill(0, 1 << 5)
-    rig.obeyed()
-    assert read.result(TIMEOUT_S) == A
+    begin_ssd_write(rig)
     free = rig.engine.free_slots()
     rig.volume.learn([Sealed(0, 0, 1 << 5, 1 << 5)])
     assert rig.land() == [A]
