@@ -256,7 +256,7 @@ class Claims:
         return far
 
     async def _race(self, far: FarVolume, found: Found, taken_from: bytes | None) -> None:
-        """R16, R17: the claim. taken_from: a writer that may go on making epochs meanwhile."""
+        """R16, R17, I14: the claim. taken_from: a writer that may go on making epochs meanwhile."""
         store, lineage = found.store, found.lineage
         assert lineage is not None
 

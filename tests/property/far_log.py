@@ -48,7 +48,7 @@ class FarLog:
 
     def take_name(self, name: str) -> None:
         """An object was created."""
-        assert name not in self._names, f"I15: {name} was created twice"
+        assert name not in self._names, f"I15, R15: {name} was created twice"
         self._names.add(name)
 
     def read_log(self) -> None:

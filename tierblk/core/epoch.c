@@ -1,4 +1,4 @@
-/* Epochs (R10 to R13): a seal is one instant, and what the volume was then can be read until the epoch ends.
+/* Epochs (R10 to R13, I9): a seal is one instant, and what the volume was then can be read until the epoch ends.
  *
  * The seal raises the layer's generation while every stripe lock is held. An entry whose own generation is older has not changed since.
  * Before its first change (tb_epoch_touch) what it was, slot and masks, is saved in the epoch's list; a slot with sealed bytes is not
