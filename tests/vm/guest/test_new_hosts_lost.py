@@ -1,7 +1,8 @@
 """A host with an ext4 on a volume in object storage dies again and again, half the time with its cache: what
 any host finds then is a filesystem, not older than the last epoch (DESIGN 8; LSVD's own test).
 
-TIERBLK_HOSTS_LOST=N: so many rounds.
+TIERBLK_HOSTS_LOST=N: so many rounds. TIERBLK_HOSTS_LOST_S3=1: the store is a SeaweedFS in the guest, which its
+Python environment must have, and not a folder.
 """
 
 from __future__ import annotations
@@ -12,15 +13,34 @@ import random
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.vm.guest.device_rig import RUN
 from tests.vm.guest.helpers import Tierblk, run
 from tests.vm.guest.test_device_survives import end_for_good
 from tests.vm.guest.test_write_back import config_of
 
+WITH_S3 = bool(os.environ.get("TIERBLK_HOSTS_LOST_S3"))
 ROUNDS = int(os.environ.get("TIERBLK_HOSTS_LOST", "2"))
 KEYS = {"volume__size": "128MiB", "volume__epoch_interval": "200ms", "cache_size": "64MiB"}
+
+
+@pytest.fixture
+def store(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The keys that say where the volume is."""
+    if not WITH_S3:
+        yield {}
+        return
+    from tests.integration.seaweed import CREDENTIALS, SeaweedServer
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", CREDENTIALS.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CREDENTIALS.secret_key)
+    with SeaweedServer(scratch / "seaweed", volumes=200) as server:
+        yield {"volume__url": server.url("lost"), "store__endpoint": server.settings.endpoint}
 
 
 class Writer:
@@ -64,10 +84,10 @@ def die(cache: Path, tierblk: Tierblk, folder: Path) -> None:
     subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True, timeout=60)
 
 
-def test_a_filesystem_outlives_its_hosts(scratch: Path, tierblk: Tierblk) -> None:
+def test_a_filesystem_outlives_its_hosts(scratch: Path, tierblk: Tierblk, store: dict[str, Any]) -> None:
     folder = scratch / "mounted"
     folder.mkdir()
-    config = config_of(tierblk, "lost", scratch, "host", **KEYS)
+    config = config_of(tierblk, "lost", scratch, "host", **KEYS, **store)
     device = tierblk.attach(config)
     run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0", device)
     chance = random.Random(301)
