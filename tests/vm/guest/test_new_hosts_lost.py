@@ -1,8 +1,8 @@
 """A host with an ext4 on a volume in object storage dies again and again, half the time with its cache: what
 any host finds then is a filesystem, not older than the last epoch (DESIGN 8; LSVD's own test).
 
-TIERBLK_HOSTS_LOST=N: so many rounds. TIERBLK_HOSTS_LOST_S3=1: the store is a SeaweedFS in the guest, which its
-Python environment must have, and not a folder.
+TIERBLK_HOSTS_LOST=N: so many rounds, TIERBLK_SEED: other ones.
+TIERBLK_HOSTS_LOST_S3=1: the store is no folder but SeaweedFS in the guest, of whose Python it is part.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.vm.guest.test_device_survives import end_for_good
 from tests.vm.guest.test_write_back import config_of
 
 WITH_S3 = bool(os.environ.get("TIERBLK_HOSTS_LOST_S3"))
+SEED = int(os.environ.get("TIERBLK_SEED", "301"))
 ROUNDS = int(os.environ.get("TIERBLK_HOSTS_LOST", "2"))
 KEYS = {"volume__size": "128MiB", "volume__epoch_interval": "200ms", "cache_size": "64MiB"}
 
@@ -90,13 +91,13 @@ def test_a_filesystem_outlives_its_hosts(scratch: Path, tierblk: Tierblk, store:
     config = config_of(tierblk, "lost", scratch, "host", **KEYS, **store)
     device = tierblk.attach(config)
     run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0", device)
-    chance = random.Random(301)
+    chance = random.Random(SEED)
     safe: dict[str, str] = {}
     for number in range(ROUNDS):
         run("mount", device, folder)
         found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*-*")}
         assert {name: found.get(name) for name in safe} == safe, f"round {number}"
-        writer = Writer(folder, tierblk, seed=number)
+        writer = Writer(folder, tierblk, seed=SEED + number)
         thread = threading.Thread(target=writer.work)
         thread.start()
         threading.Event().wait(chance.uniform(1.0, 4.0))
