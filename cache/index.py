@@ -95,22 +95,19 @@ def create_index(path: Path, uuid: UUID, slot_count: int) -> None:
         index.close()
 
 
-def open_index(path: Path, uuid: UUID, slot_count: int, *, read_only: bool = False) -> Index:
+def open_index(
+    path: Path, uuid: UUID, slot_count: int, *, read_only: bool = False, beside: bool = False
+) -> Index:
     """The index of a cache directory, whose lock the caller has. CacheError when it is missing, damaged or of
-    another cache. read_only: not a file of it is touched, and nothing can be changed."""
+    another cache. read_only: not a file of it is touched, and nothing can be changed. beside: likewise, while
+    a daemon has the lock, who has found it sound; each reading of it is to be short, since no page that it
+    may look at is used anew meanwhile."""
     data = path / DATA_FILE
     if not data.is_file():
         raise CacheError(f"the cache's index is missing: there is no {data}", _BEGIN_ANEW)
-    try:
-        faults = list(map(str, verify.verify(str(data))))  # type: ignore[no-untyped-call]
-    except verify.VerifyError as error:
-        faults = [str(error)]
-    except OSError as error:  # the disk's fault: nothing is known of the bytes
-        raise CacheError(f"the cache's index {data} cannot be read: {error.strerror}") from None
-    if faults:
-        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-        raise CacheError(f"the cache's index {data} is damaged: {faults[0]}{more}", _BEGIN_ANEW)
-    index = Index(path, slot_count, read_only=read_only)
+    if not beside:
+        _refuse_damaged(data)
+    index = Index(path, slot_count, read_only=read_only or beside, lock=beside or not read_only)
     try:
         found = index.meta().uuid
         if found != uuid:
@@ -123,11 +120,24 @@ def open_index(path: Path, uuid: UUID, slot_count: int, *, read_only: bool = Fal
     return index
 
 
+def _refuse_damaged(data: Path) -> None:
+    try:
+        faults = list(map(str, verify.verify(str(data))))  # type: ignore[no-untyped-call]
+    except verify.VerifyError as error:
+        faults = [str(error)]
+    except OSError as error:  # the disk's fault: nothing is known of the bytes
+        raise CacheError(f"the cache's index {data} cannot be read: {error.strerror}") from None
+    if faults:
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise CacheError(f"the cache's index {data} is damaged: {faults[0]}{more}", _BEGIN_ANEW)
+
+
 class Index:
     """An open index. Methods block. Changes may come from any thread, and so may `volume_state` and
     `extents`; all other reading belongs to the opening, when nothing is changed meanwhile."""
 
-    def __init__(self, path: Path, slot_count: int, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, slot_count: int, *, read_only: bool = False, lock: bool = True) -> None:
+        """lock: whoever changes the file is told what is read."""
         self.path = path
         self._writing = Lock()  # also: the map grows only while no transaction runs
         # Whoever reads beside changes has it to the end of its transaction: growing unmaps what it looks at.
@@ -143,7 +153,7 @@ class Index:
                 sync=True,
                 metasync=True,
                 readonly=read_only,
-                lock=not read_only,
+                lock=lock,
             )
         try:
             with self._translated("opened"):

@@ -76,7 +76,7 @@ def unpack_stamp(header: bytes) -> Stamp | None:
     return Stamp(UUID(bytes=boot_id), UUID(bytes=cache_uuid), session, layer_id, blocks)
 
 
-def _data_extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def data_extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """(from, to) in bytes of what a sparse file has between two offsets. OSError."""
     while start < end:
         try:
@@ -94,6 +94,34 @@ def _data_extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, 
 def boot_id() -> UUID:
     """The kernel's name for the time since it was booted."""
     return UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+
+
+def find_map(
+    folder: Path,
+    layer_id: int,
+    size_bytes: int,
+    superblock: Superblock,
+    *,
+    boot: UUID | None = None,
+    flags: int = os.O_RDONLY,
+) -> int | None:
+    """A descriptor of the map of a layer in a folder of maps, if it is as new as the slots, else None.
+    superblock: as it was found. flags: to open it with."""
+    try:
+        descriptor = os.open(folder / f"{layer_id}.map", flags | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        stamp = unpack_stamp(os.pread(descriptor, MAP_HEADER_BYTES, 0))
+        length = os.fstat(descriptor).st_size
+    except OSError:
+        stamp, length = None, 0
+    session, blocks = stamp.session if stamp else 0, block_count(size_bytes)
+    wanted = Stamp(boot or boot_id(), superblock.uuid, session, layer_id, blocks)
+    if stamp != wanted or length != map_bytes(size_bytes) or not is_current(session, superblock):
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 class Maps:
@@ -118,21 +146,9 @@ class Maps:
         """
         if layer_id in self._descriptors:  # a resize has looked into it before
             return self._descriptors[layer_id]
-        blocks = block_count(size_bytes)
-        try:
-            descriptor = os.open(self._file(layer_id), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            stamp = unpack_stamp(os.pread(descriptor, MAP_HEADER_BYTES, 0))
-            length = os.fstat(descriptor).st_size
-        except OSError:
-            stamp, length = None, 0
-        wanted = Stamp(self._boot, self._uuid, stamp.session if stamp else 0, layer_id, blocks)
-        if stamp != wanted or length != map_bytes(size_bytes) or not is_current(stamp.session, superblock):
-            os.close(descriptor)
-            return None
-        self._keep(layer_id, descriptor, blocks)
+        descriptor = find_map(self.path, layer_id, size_bytes, superblock, boot=self._boot, flags=os.O_RDWR)
+        if descriptor is not None:
+            self._keep(layer_id, descriptor, block_count(size_bytes))
         return descriptor
 
     def create(self, layer_id: int, size_bytes: int) -> int:
@@ -178,7 +194,7 @@ class Maps:
         descriptor = self._descriptors[layer_id]
         end = MAP_HEADER_BYTES + self._blocks[layer_id] * ENTRY_BYTES
         try:
-            for start, stop in _data_extents(descriptor, MAP_HEADER_BYTES, end):
+            for start, stop in data_extents(descriptor, MAP_HEADER_BYTES, end):
                 for at in range(start, stop, _READ_BYTES):
                     data = os.pread(descriptor, min(_READ_BYTES, stop - at), at)
                     for number, (slot,) in enumerate(_SLOT.iter_unpack(data)):

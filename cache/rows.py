@@ -14,8 +14,10 @@ from typing import NamedTuple
 from tierblk.core import ENTRIES_PER_ROW, ROW_BYTES, crc32c
 
 ENTRIES_BYTES = ROW_BYTES - 4
+ROW_ENTRY_BYTES = ENTRIES_BYTES // ENTRIES_PER_ROW
 
 _ENTRIES = struct.Struct("<" + "IHHHH" * ENTRIES_PER_ROW)
+_ENTRY = struct.Struct("<IHHHH")
 _CRC = struct.Struct("<I")
 # One bit set for every bit that a `cached` mask can have, in the whole row read as one little-endian number.
 _CACHED_BITS = int.from_bytes(struct.pack("<IHHHH", 0, 0, 0xFFFF, 0, 0) * ENTRIES_PER_ROW, "little")
@@ -60,6 +62,17 @@ def entries_of(packed: bytes) -> list[Entry]:
         return [NO_ENTRY] * ENTRIES_PER_ROW
     fields = _ENTRIES.unpack_from(packed)
     return [Entry(*fields[at : at + 5]) for at in range(0, len(fields), 5)]
+
+
+def entries_in(packed: bytes, entry_bytes: int) -> list[Entry]:
+    """Entries that begin every so many bytes, as they do in a row and in a map."""
+    every = struct.Struct(f"{_ENTRY.format}{entry_bytes - _ENTRY.size}x")
+    return list(map(Entry._make, every.iter_unpack(packed)))
+
+
+def pack_entries(entries: Sequence[Entry]) -> bytes:
+    """As a row has them, without its checksum."""
+    return b"".join(_ENTRY.pack(*entry) for entry in entries)
 
 
 def cached_pages(packed: bytes) -> int:

@@ -69,3 +69,10 @@ def block_extent(block: int, size_bytes: int) -> Extent:
 def block_count(size_bytes: int) -> int:
     """Blocks that an address space of size_bytes has, the short last one included."""
     return -(-size_bytes // BLOCK_BYTES)
+
+
+def valid_pages(block: int, size_bytes: int) -> int:
+    """Mask of the pages that a block has, its first one lowest: the last block of an address space may have
+    fewer than others."""
+    pages = -(-block_extent(block, size_bytes).length // PAGE_BYTES)
+    return (1 << pages) - 1

@@ -1,0 +1,351 @@
+"""A look into a cache directory beside whoever serves it: its layers, what every block of them is, and bytes.
+
+    with look(path, run_root()) as view:
+        for record in view.records:
+            for block, entry in view.layer(record).entries():
+                ...
+
+Nothing is changed, and a daemon is neither asked nor held up: what it has in memory is in its map files
+(maps.py), which are read beside it. Whose word counts is what an opening would believe: the maps of a session
+that runs or was killed, else the index with the journal (start.py, loading.py). While nobody serves the
+directory its lock is held, so that nobody begins to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from tierblk.cache import journal
+from tierblk.cache import superblock as superblocks
+from tierblk.cache.directory import INDEX, JOURNAL, SLOTS, SUMS, SUMS_BYTES_PER_SLOT
+from tierblk.cache.index import Index, Meta, open_index
+from tierblk.cache.layers import LayerRecord
+from tierblk.cache.maps import ENTRY_BYTES, data_extents, find_map
+from tierblk.cache.rows import ROW_ENTRY_BYTES, Entry, entries_in, pack_entries, unpack_row
+from tierblk.cache.start import is_current
+from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
+from tierblk.core import ENTRIES_PER_ROW, MAP_HEADER_BYTES, PAGE_BYTES
+from tierblk.errors import CacheError
+from tierblk.extent import block_count, valid_pages
+
+_PIECE_BYTES = 1 << 20
+
+
+class State(Enum):
+    """Who has the directory, and so whose word counts."""
+
+    SERVED = "served"  # by a daemon: its maps
+    ENDED = "ended"  # the last daemon ended in order: the index
+    KILLED = "killed"  # it was killed, and its maps are still there
+    CUT = "cut"  # maps are lost, as after a power cut: index and journal, without clean pages of volumes
+    STRANGE = "strange"  # index and slots are not of the same time: nothing that is cached counts (R8)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Packed entries of neighbouring blocks, as a row (12 bytes an entry) or a map (32) has them."""
+
+    first_block: int
+    packed: bytes
+    entry_bytes: int
+
+    @property
+    def blocks(self) -> int:
+        return len(self.packed) // self.entry_bytes
+
+    def entries(self) -> list[Entry]:
+        """Of each block, also where nothing is known."""
+        return entries_in(self.packed, self.entry_bytes)
+
+
+class LayerView:
+    """The block map of one layer. Methods block; OSError is CacheError here."""
+
+    def __init__(
+        self,
+        record: LayerRecord,
+        map_fd: int | None,
+        index: Index | None,
+        replayed: dict[int, bytes] | None,
+    ) -> None:
+        """One of map_fd and index is there, or nothing is cached that counts. replayed: rows that the journal
+        adds to the index; None: the last session ended in order."""
+        self.record = record
+        self.blocks = block_count(record.size_bytes)
+        self.bad_rows: list[int] = []
+        """Rows that cannot be believed, as far as `pieces` came: what a volume had there is lost (R9)."""
+        self._map_fd = map_fd
+        self._index = index
+        self._replayed = replayed
+
+    @property
+    def has_map(self) -> bool:
+        """Whether entries are as new as memory, and know what was used lately."""
+        return self._map_fd is not None
+
+    def pieces(self, first_block: int = 0, end_block: int | None = None) -> Iterator[Piece]:
+        """All blocks between these of which anything may be known, ascending; a piece may begin before
+        the first and end behind the last one, and not behind the layer's."""
+        end_block = self.blocks if end_block is None else min(end_block, self.blocks)
+        if self._map_fd is not None:
+            yield from self._of_map(self._map_fd, first_block, end_block)
+        elif self._index is not None:
+            yield from self._of_rows(self._index, first_block, end_block)
+
+    def entries(self, first_block: int = 0, end_block: int | None = None) -> Iterator[tuple[int, Entry]]:
+        """(block, entry) of those between these of which anything is known."""
+        end_block = self.blocks if end_block is None else min(end_block, self.blocks)
+        for piece in self.pieces(first_block, end_block):
+            for block, entry in enumerate(piece.entries(), piece.first_block):
+                if any(entry) and first_block <= block < end_block:
+                    yield block, entry
+
+    def entry(self, block: int) -> Entry:
+        """Of one block, as it is now."""
+        return next((entry for _, entry in self.entries(block, block + 1)), Entry())
+
+    def _of_map(self, map_fd: int, first_block: int, end_block: int) -> Iterator[Piece]:
+        start, end = (MAP_HEADER_BYTES + block * ENTRY_BYTES for block in (first_block, end_block))
+        try:
+            for at, stop in data_extents(map_fd, start, end):
+                at -= (at - MAP_HEADER_BYTES) % ENTRY_BYTES
+                while at < stop:
+                    packed = os.pread(map_fd, min(_PIECE_BYTES, stop - at), at)
+                    packed = packed[: len(packed) // ENTRY_BYTES * ENTRY_BYTES]
+                    if not packed:
+                        return  # its layer is gone
+                    yield Piece((at - MAP_HEADER_BYTES) // ENTRY_BYTES, packed, ENTRY_BYTES)
+                    at += len(packed)
+        except OSError as error:
+            raise CacheError(
+                f"the block map of {self.record.shown} cannot be read: {error.strerror}"
+            ) from None
+
+    def _of_rows(self, index: Index, first_block: int, end_block: int) -> Iterator[Piece]:
+        first, end = first_block // ENTRIES_PER_ROW, -(-end_block // ENTRIES_PER_ROW)
+        for row, packed in self._rows(index, first, end):
+            if not packed:
+                continue
+            block = row * ENTRIES_PER_ROW
+            blocks = min(ENTRIES_PER_ROW, self.blocks - block)
+            try:
+                entries = unpack_row(packed)
+            except ValueError:
+                self.bad_rows.append(row)
+                if not self.record.is_volume:
+                    continue  # it is fetched again
+                lost = [Entry(present=valid_pages(block + i, self.record.size_bytes)) for i in range(blocks)]
+                yield _piece(block, lost)
+                continue
+            if self._replayed is not None and self.record.is_volume:
+                yield _piece(block, [_dirty_only(entry) for entry in entries[:blocks]])
+                continue
+            yield Piece(block, packed[: blocks * ROW_ENTRY_BYTES], ROW_ENTRY_BYTES)
+
+    def _rows(self, index: Index, first: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """Rows [first, end) by number, with those of the journal in front of those of the index."""
+        newer = self._replayed or {}
+        left = sorted(row for row in newer if first <= row < end)
+        for row, packed in index.rows(self.record.layer_id, first):
+            if row >= end:
+                break
+            while left and left[0] < row:
+                yield left[0], newer[left.pop(0)]
+            if left and left[0] == row:
+                packed = newer[left.pop(0)]
+            yield row, packed
+        for row in left:
+            yield row, newer[row]
+
+
+class View:
+    """See look. All of it blocks, and may be used from any thread, a layer by one at a time."""
+
+    def __init__(
+        self,
+        path: Path,
+        superblock: Superblock,
+        bad_superblocks: int,
+        state: State,
+        meta: Meta,
+        files: _Files,
+    ) -> None:
+        self.path = path
+        self.superblock = superblock
+        self.bad_superblocks = bad_superblocks
+        """How many of the two cannot be read."""
+        self.state = state
+        self.meta = meta
+        self.records: list[LayerRecord] = files.records
+        self._files = files
+
+    def layer(self, record: LayerRecord) -> LayerView:
+        """What is known of a layer's blocks."""
+        files = self._files
+        map_fd = files.maps.get(record.layer_id)
+        gone = record.kind == "scratch" and self.state is State.CUT  # with the machine's uptime
+        index = None if map_fd is not None or gone or self.state is State.STRANGE else files.index
+        replayed = files.replayed.get(record.layer_id, {}) if self.state is State.CUT else None
+        return LayerView(record, map_fd, index, replayed)
+
+    def volume_state(self, record: LayerRecord) -> bytes | None:
+        """See Index.volume_state; as of now."""
+        with self._files.reading() as index:
+            return index.volume_state(record.layer_id)
+
+    def volume_extents(self, record: LayerRecord) -> list[tuple[bytes, bytes]]:
+        """See Index.extents; as of now."""
+        with self._files.reading() as index:
+            return index.extents(record.layer_id)
+
+    def read_slot(self, slot: int, first_page: int, buffer: memoryview | mmap.mmap) -> None:
+        """Pages of a slot from one on, as many as fit into the buffer, whose memory is page-aligned and
+        whose length whole pages. CacheError."""
+        offset_bytes = slot * SLOT_BYTES + first_page * PAGE_BYTES
+        wanted = len(buffer)
+        try:
+            length = os.preadv(self._files.slots_fd, [buffer], offset_bytes)
+        except OSError as error:
+            raise CacheError(f"slot {slot} of {self.path} cannot be read: {error.strerror}") from None
+        if length != wanted:
+            raise CacheError(f"{self.path / SLOTS} ends before slot {slot}")
+
+    def sums(self, slot: int) -> tuple[int, ...]:
+        """The kept crc32c of each page of a slot; of clean ones only, and only they count (R9)."""
+        try:
+            packed = os.pread(self._files.sums_fd, SUMS_BYTES_PER_SLOT, slot * SUMS_BYTES_PER_SLOT)
+        except OSError as error:
+            raise CacheError(f"{self.path / SUMS} cannot be read: {error.strerror}") from None
+        if len(packed) != SUMS_BYTES_PER_SLOT:
+            raise CacheError(f"{self.path / SUMS} ends before slot {slot}")
+        return tuple(memoryview(packed).cast("I"))
+
+
+class _Files:
+    """What a look has open."""
+
+    def __init__(self, path: Path, superblock: Superblock, slots_fd: int, sums_fd: int) -> None:
+        self.slots_fd = slots_fd
+        self.sums_fd = sums_fd
+        self.index: Index | None = None  # while nobody else changes it
+        self.records: list[LayerRecord] = []
+        self.maps: dict[int, int] = {}
+        self.replayed: dict[int, dict[int, bytes]] = {}
+        self._path = path
+        self._superblock = superblock
+
+    @contextmanager
+    def reading(self) -> Iterator[Index]:
+        """The index, for a short time."""
+        if self.index is not None:
+            yield self.index
+            return
+        index = open_index(
+            self._path / INDEX, self._superblock.uuid, self._superblock.slot_count, beside=True
+        )
+        try:
+            yield index
+        finally:
+            index.close()
+
+
+@contextmanager
+def look(path: Path, run_root: Path) -> Iterator[View]:
+    """A cache directory as it is. run_root: where daemons have their run directories.
+
+    CacheError when it cannot be looked into: it is none, it is damaged beyond reading, a newer version made
+    it, or a daemon begins or ends at this moment. Nothing is changed, whatever comes of it."""
+    with ExitStack() as undo:
+        try:
+            view = _open(path, run_root, undo)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        yield view
+
+
+def _unreadable(path: Path, error: OSError) -> CacheError:
+    if not path.is_dir():
+        return CacheError(f"there is no cache directory {path}")
+    if isinstance(error, FileNotFoundError) and not os.path.lexists(path / SLOTS):
+        return CacheError(f"{path} is no cache directory: it has no {SLOTS}")
+    where = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+    return CacheError(f"cannot look into the cache directory {path}: {error.strerror}{where}")
+
+
+def _open(path: Path, run_root: Path, undo: ExitStack) -> View:
+    slots_fd = os.open(path / SLOTS, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    undo.callback(os.close, slots_fd)
+    served = not _lock(slots_fd)
+    superblock, bad = _superblock(path, slots_fd)
+    sums_fd = os.open(path / SUMS, os.O_RDONLY | os.O_CLOEXEC)
+    undo.callback(os.close, sums_fd)
+    files = _Files(path, superblock, slots_fd, sums_fd)
+    if not served:
+        files.index = open_index(path / INDEX, superblock.uuid, superblock.slot_count, read_only=True)
+        undo.callback(files.index.close)
+    with files.reading() as index:
+        meta, files.records = index.meta(), index.layers()
+    maps = run_root / str(superblock.uuid) / "maps"
+    if served or (is_current(meta.session, superblock) and not meta.clean):
+        for record in files.records:
+            map_fd = find_map(maps, record.layer_id, record.size_bytes, superblock)
+            if map_fd is not None:
+                undo.callback(os.close, map_fd)
+                files.maps[record.layer_id] = map_fd
+    state = _state(path, superblock, meta, files, served=served)
+    if state is State.CUT:
+        assert files.index is not None
+        replay = journal.read(path / JOURNAL, files.index, superblock)
+        files.replayed = replay.rows if replay else {}
+    return View(path, superblock, bad, state, meta, files)
+
+
+def _state(path: Path, superblock: Superblock, meta: Meta, files: _Files, *, served: bool) -> State:
+    if served:
+        if len(files.maps) < len(files.records):
+            raise CacheError(
+                f"a daemon that serves {path} is starting or ending, or keeps its block maps elsewhere",
+                "try again; a daemon with another TIERBLK_RUN_DIR has to be looked for there",
+            )
+        return State.SERVED
+    if not is_current(meta.session, superblock):
+        return State.STRANGE
+    if meta.clean:
+        return State.ENDED
+    return State.KILLED if len(files.maps) == len(files.records) else State.CUT
+
+
+def _lock(slots_fd: int) -> bool:
+    """Whether nobody serves it; nobody begins to as long as the descriptor is open. Others may look too."""
+    try:
+        fcntl.flock(slots_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _superblock(path: Path, slots_fd: int) -> tuple[Superblock, int]:
+    """Of one that is served a copy may be half written at any moment: then the other one counts."""
+    with mmap.mmap(-1, COPIES * COPY_BYTES) as buffer:
+        length = os.preadv(slots_fd, [buffer], 0)
+        copies = [
+            buffer[at : min(at + COPY_BYTES, length)] for at in range(0, COPIES * COPY_BYTES, COPY_BYTES)
+        ]
+    return superblocks.choose(copies, str(path / SLOTS))
+
+
+def _piece(first_block: int, entries: list[Entry]) -> Piece:
+    return Piece(first_block, pack_entries(entries), ROW_ENTRY_BYTES)
+
+
+def _dirty_only(entry: Entry) -> Entry:
+    """Of a volume after an end out of order: a clean page may have been written in place since (DESIGN 5)."""
+    cached, zero = entry.cached & entry.dirty, entry.zero & entry.dirty
+    return entry._replace(slot=entry.slot if cached else 0, cached=cached, zero=zero)
