@@ -18,7 +18,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PIP := $(BIN)/pip --disable-pip-version-check
 
 # Debian packages that building and testing on this machine needs; asked of dpkg, so a re-run costs nothing.
-NATIVE_PACKAGES := gcc libc6-dev liburing-dev pkg-config nginx-light openssl curl fdisk
+NATIVE_PACKAGES := gcc libc6-dev liburing-dev pkg-config nginx-light openssl curl fdisk qemu-utils
 CORE_SOURCES := $(wildcard tierblk/core/*.c tierblk/core/*.h tierblk/core/build.py)
 
 .PHONY: help setup packages build check test test-native clean

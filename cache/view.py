@@ -79,7 +79,7 @@ class LayerView:
         adds to the index; None: the last session ended in order."""
         self.record = record
         self.blocks = block_count(record.size_bytes)
-        self.bad_rows: list[int] = []
+        self.bad_rows: set[int] = set()
         """Rows that cannot be believed, as far as `pieces` came: what a volume had there is lost (R9)."""
         self._map_fd = map_fd
         self._index = index
@@ -138,7 +138,7 @@ class LayerView:
             try:
                 entries = unpack_row(packed)
             except ValueError:
-                self.bad_rows.append(row)
+                self.bad_rows.add(row)
                 if not self.record.is_volume:
                     continue  # it is fetched again
                 lost = [Entry(present=valid_pages(block + i, self.record.size_bytes)) for i in range(blocks)]

@@ -107,7 +107,7 @@ class Claims:
         volume = config.volume
         assert volume is not None
         assert volume.url is not None
-        known, standing = await self._known(name)
+        known, standing = await self._known(name, anew=wishes.discard_local)
         store = await _open(config, volume.url)
         found = Found(store, known=known, standing=standing)
         try:
@@ -164,7 +164,8 @@ class Claims:
             found.diverged = True
             found.extents = await load(found.lineage)
 
-    async def _known(self, name: str) -> tuple[LayerRecord | None, Standing | None]:
+    async def _known(self, name: str, *, anew: bool = False) -> tuple[LayerRecord | None, Standing | None]:
+        """anew: nothing that is here is needed, so it need not be readable."""
         known = self._cache.volume(name)
         if known is None:
             return None, None
@@ -177,7 +178,12 @@ class Claims:
         try:
             return known, standings.decode(state) if state is not None else None
         except ValueError as error:
-            raise CacheError(f"the index does not say where the volume {name} stands: {error}") from None
+            if anew:
+                return known, None
+            raise CacheError(
+                f"the index does not say where the volume {name} stands: {error}",
+                "`tierblk attach --discard-local` goes back to the last epoch in the store",
+            ) from None
 
     async def _kept_extents(self, known: LayerRecord, standing: Standing) -> ExtentMap:
         pairs = await self._cache.volume_extents(known.layer_id)

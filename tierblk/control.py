@@ -8,9 +8,10 @@
     DELETE /v1/devices/NAME    {"force": bool} -> {"detached": NAME, "warning": str or null}
     POST   /v1/devices/NAME/repin  device
     POST   /v1/devices/NAME/sync   {"wait": bool} -> device
+    GET    /v1/devices/NAME/content?offset=BYTES&length=BYTES   the bytes that it shows there
     POST   /v1/stop            {"if_idle": bool} -> {"stopping": bool}; the process ends when all has stopped
 
-Whoever hangs up gives up an attach that runs; everything else goes on without a client.
+Whoever hangs up gives up an attach or a reading that runs; everything else goes on without a client.
 
 An error is {"error": {"kind", "message", "hint", "exit_code"}} with a status of 400 or above.
 """
@@ -37,6 +38,7 @@ from tierblk.rundir import END_NAME, INFO_NAME, SOCKET_NAME, socket_address
 log = logging.getLogger(__name__)
 
 REQUEST_BYTES_MAX = 4 * config.FILE_BYTES_MAX
+CONTENT_BYTES_MAX = 8 << 20
 
 _SHUTDOWN_S = 0.5
 
@@ -62,6 +64,12 @@ class DaemonApi(Protocol):
     async def detach(self, name: str, *, force: bool = False) -> str | None:
         """Stop and delete a device; returns when it is gone. DeviceError if there is none of this name, or,
         without force, when it is in use and the kernel can say so."""
+        ...
+
+    async def content(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """What a device shows there; at most CONTENT_BYTES_MAX. DeviceError: it is not there, or has not so
+        many bytes; RemoteUnavailable: what is not cached cannot be fetched at the moment. Cancelled, it
+        ends."""
         ...
 
     async def repin(self, name: str) -> Device:
@@ -115,6 +123,7 @@ class ControlServer:
                 web.post("/v1/devices", self._attach),
                 web.get("/v1/devices/{name}", self._device),
                 web.delete("/v1/devices/{name}", self._detach),
+                web.get("/v1/devices/{name}/content", self._content),
                 web.post("/v1/devices/{name}/repin", self._repin),
                 web.post("/v1/devices/{name}/sync", self._sync),
                 web.post("/v1/stop", self._stop),
@@ -179,8 +188,8 @@ class ControlServer:
     @web.middleware
     async def _outlasts_its_client(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The server cancels what a client asked for that hung up. Right for an attach, whose client is gone
-        with Ctrl-C, or after its time-out; a detach that was begun must come to its end."""
-        if request.match_info.handler == self._attach:
+        with Ctrl-C, or after its time-out, or for a reading; a detach that was begun must come to its end."""
+        if request.match_info.handler in (self._attach, self._content):
             return await handler(request)
         running = asyncio.ensure_future(handler(request))
         self._running.add(running)
@@ -218,6 +227,13 @@ class ControlServer:
         warning = await self.api.detach(name, force=body.get("force") is True)
         return web.json_response({"detached": name, "warning": warning})
 
+    async def _content(self, request: web.Request) -> web.Response:
+        offset_bytes, length_bytes = (_number(request, key) for key in ("offset", "length"))
+        if length_bytes > CONTENT_BYTES_MAX:
+            raise DaemonError(f"at most {CONTENT_BYTES_MAX} bytes are read at once")
+        content = await self.api.content(request.match_info["name"], offset_bytes, length_bytes)
+        return web.Response(body=content, content_type="application/octet-stream")
+
     async def _repin(self, request: web.Request) -> web.Response:
         return web.json_response(await self.api.repin(request.match_info["name"]))
 
@@ -244,6 +260,13 @@ async def _json_object(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise DaemonError("the body of the request is not a JSON object")
     return body
+
+
+def _number(request: web.Request, key: str) -> int:
+    text = request.query.get(key, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise DaemonError(f"{key} must be a number of bytes")
+    return int(text)
 
 
 def _status(error: TierblkError) -> int:

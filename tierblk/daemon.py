@@ -63,6 +63,7 @@ class Daemon:
         self._takeovers: dict[str, TakeOver] = {}
         self._names: dict[str, asyncio.Lock] = {}
         self._calls: set[asyncio.Task[Any]] = set()
+        self._contents: dict[str, set[asyncio.Task[Any]]] = {}
         self._stopping = asyncio.Event()
         self._hands_over = False
         self._started = time.time()
@@ -363,9 +364,26 @@ class Daemon:
             await self._stacks.volumes.sync(far, wait=wait)
         return self._shown(device)
 
+    async def content(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """See control.DaemonApi."""
+        assert self._stacks is not None
+        reading = asyncio.current_task()
+        assert reading is not None
+        self._contents.setdefault(name, set()).add(reading)
+        try:
+            async with self._only_one(name):  # who detaches it waits for the read
+                stack = self._find(name).stack
+                if not 0 <= offset_bytes <= offset_bytes + length_bytes <= stack.size_bytes:
+                    raise DeviceError(f"{name} has {stack.size_bytes} bytes, which do not hold these")
+                return await self._stacks.content(stack, offset_bytes, length_bytes)
+        finally:
+            self._contents[name].discard(reading)
+
     async def detach(self, name: str, *, force: bool = False) -> str | None:
         """See control.DaemonApi."""
         warning = None
+        for reading in self._contents.get(name, ()) if force else ():
+            reading.cancel()
         if name in self._takeovers:
             waiting = self._takeovers[name]
             if not force:

@@ -6,7 +6,6 @@ The clone is named in its parent first (R21), so that a collection there keeps w
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
@@ -14,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from uuid import UUID, uuid4
 
 from tierblk.errors import RemoteRefused
+from tierblk.origin import catch_up_with_own
 from tierblk.remote import (
     Birth,
     BirthParent,
@@ -22,7 +22,6 @@ from tierblk.remote import (
     SnapshotName,
     Store,
     begin,
-    follow,
     open_lineage,
     read_birth,
     tried,
@@ -59,10 +58,7 @@ async def _own_history(
         await parent.aclose()
         raise
     try:
-        for each in await follow(lineage, extents.copy()):
-            if not standing.is_ours(each.record.epoch, each.record.attempt):
-                break
-            await asyncio.to_thread(own.apply, each.record, each.hash)
+        await catch_up_with_own(own, standing, lineage)
     finally:
         await lineage.aclose()
     return own

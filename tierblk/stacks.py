@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 
 from tierblk import partition
 from tierblk.bases import Bases
@@ -148,11 +149,7 @@ class Stacks:
         if not stack.filled:
             return None  # nothing of it can be anywhere but here
         size_bytes = stack.size_bytes
-        volume = stack.volume.layer if stack.volume else None
-        base = stack.base.layer if stack.base else None
-        door = LocalDoor(self._cache.engine, base, volume=volume, size_bytes=size_bytes, queue_depth=4)
-        door.set_patience(0)
-        try:
+        async with self._reading(stack, queue_depth=4) as door:
             head = await self._read(door, 0, min(partition.HEAD_BYTES, size_bytes))
             reads = partition.kernel_reads(head, size_bytes)
             wanted = next(reads, None)
@@ -162,6 +159,28 @@ class Stacks:
                     wanted = reads.send(found)
                 except StopIteration:
                     wanted = None
+        table = partition.parse(head, size_bytes)
+        return table.warning() if table else None
+
+    async def content(self, stack: Stack, offset_bytes: int, length_bytes: int) -> bytes:
+        """What a device shows there, which is inside it; a remote that does not answer is an error as soon as
+        the retries are used up. TierblkError. While it runs nobody may close the stack; cancelled it ends."""
+        async with self._reading(stack, queue_depth=64) as door:
+            return await self._read(door, offset_bytes, length_bytes)
+
+    @asynccontextmanager
+    async def _reading(self, stack: Stack, queue_depth: int) -> AsyncIterator[LocalDoor]:
+        """A door of our own to it, without patience."""
+        door = LocalDoor(
+            self._cache.engine,
+            stack.base.layer if stack.base else None,
+            volume=stack.volume.layer if stack.volume else None,
+            size_bytes=stack.size_bytes,
+            queue_depth=queue_depth,
+        )
+        door.set_patience(0)
+        try:
+            yield door
         except OSError as error:
             trouble = next((each.trouble for each in stack.filled if each.trouble), None)
             raise trouble or DeviceError(f"cannot read {stack.shown}: {error}") from None
@@ -169,8 +188,6 @@ class Stacks:
             door.drain()
             door.quit()
             await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._executor, door.close))
-        table = partition.parse(head, size_bytes)
-        return table.warning() if table else None
 
     async def _read(self, door: LocalDoor, offset_bytes: int, length_bytes: int) -> bytes:
         """Cancelled, it ends at once: the door's drain ends the read."""

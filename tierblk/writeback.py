@@ -94,6 +94,7 @@ class WriteBack:
         self._flying: list[asyncio.Future[None]] | None = None  # for the one that is under way
         self._hurries = self._releases = False
         self._task: asyncio.Task[None] | None = None
+        self._died: CacheError | None = None
         self._side: set[asyncio.Task[None]] = set()
         self._checkpoint_epoch = volume.extents.head.epoch
         # From the first request on, also while the store is still looked at.
@@ -110,7 +111,9 @@ class WriteBack:
         """It shall not die in silence, or nobody would know that nothing is uploaded any more."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("write-back of %s died of a bug: %r", self.volume.name, error, exc_info=error)
-            self.sender.failed(CacheError(f"write-back ended by an internal error: {error!r:.200}"))
+            self._died = CacheError(f"write-back ended by an internal error: {error!r:.200}")
+            self.sender.failed(self._died)
+            self._fail(self._died)
 
     async def stop(self) -> None:
         """At once, also in the middle of an epoch: what was dirty is dirty. For a daemon that hands over."""
@@ -125,9 +128,9 @@ class WriteBack:
         long as the store does. Cancelled, or Fenced: the claim is kept, and what is dirty as well."""
         self._releases = True
         self._wake.set()
-        if self._task is not None:
-            await asyncio.shield(self._task)
-        self._refuse_fenced()
+        if self._task is not None and self._died is None:
+            await asyncio.wait([self._task])
+        self._refuse_hopeless()
         self.volume.layer.mark_all()  # exact masks: who comes back is to know what is not dirty (R18)
         await self._commit()
 
@@ -138,8 +141,9 @@ class WriteBack:
             self._wake.set()
 
     async def sync(self) -> None:
-        """What was written before the call is in the store when it returns. Fenced."""
-        self._refuse_fenced()
+        """What was written before the call is in the store when it returns. Fenced, or CacheError: it never
+        will be."""
+        self._refuse_hopeless()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self.volume.layer.dirty_pages():
             self._asked.append(future)
@@ -156,7 +160,7 @@ class WriteBack:
         upto = layer.far_count()
         try:
             await self.sync()
-        except Fenced as error:
+        except TierblkError as error:
             layer.far_done(upto, error=error.errno)
         else:
             layer.far_done(upto)
@@ -191,7 +195,9 @@ class WriteBack:
             "trouble_since": self.sender.trouble_since,
         }
 
-    def _refuse_fenced(self) -> None:
+    def _refuse_hopeless(self) -> None:
+        if self._died is not None:
+            raise CacheError(self._died.message, "a new daemon goes on with it; the log says what it was")
         if reason := self.volume.standing.fenced:
             raise Fenced(
                 f"{self.volume.name}: {reason}", "what was not uploaded is kept in the cache directory"
@@ -348,7 +354,7 @@ class WriteBack:
         with suppress(CacheError):  # said already; and the store will say it again
             await self._commit()
 
-    def _fail(self, error: Fenced | None) -> None:
+    def _fail(self, error: TierblkError | None) -> None:
         """Those who wait for an epoch get the error; None: they are left, since their requests come again."""
         waiting, self._asked = self._asked, []
         for future in waiting:

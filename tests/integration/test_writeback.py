@@ -13,7 +13,7 @@ from tests.integration.far_world import World, changed, until, world
 from tierblk import upload
 from tierblk.claim import Wishes
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Layer, LocalDoor
-from tierblk.errors import RemoteUnavailable
+from tierblk.errors import CacheError, RemoteUnavailable
 from tierblk.units import MIB
 
 __all__ = ["world"]
@@ -329,3 +329,18 @@ async def test_a_write_back_that_dies_of_a_bug_says_so(world: World, monkeypatch
     await a.volumes.sync(a.far, wait=False)
     await until(lambda: a.volumes.trouble is not None)
     assert "ended by an internal error: ZeroDivisionError" in str(a.upkeep.trouble)
+    with pytest.raises(CacheError, match="internal error"):  # also who asks later
+        await a.sync()
+    assert "internal error" in str(await a.detach())
+
+
+async def test_who_waits_for_a_write_back_that_dies_of_a_bug_hears_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await world.attached("a", durability="remote")
+    monkeypatch.setattr(upload, "split", lambda _: 1 // 0)
+    await a.write(0, b"1" * PAGE_BYTES)
+    with pytest.raises(OSError, match="Input/output error"):
+        await a.flush()
+    with pytest.raises(CacheError, match="internal error"):
+        await a.sync()

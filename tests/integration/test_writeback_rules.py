@@ -9,11 +9,14 @@ from errno import EROFS
 
 import pytest
 
+from tests.cache_rig import changed_index
 from tests.integration.far_world import World, until, world
+from tierblk import writeback
+from tierblk.cache import VolumeChange
 from tierblk.cache.rows import entries_of
 from tierblk.claim import Wishes
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
-from tierblk.errors import CacheError, Fenced
+from tierblk.errors import CacheError, Fenced, RemoteUnavailable
 
 __all__ = ["world"]
 
@@ -128,3 +131,69 @@ async def test_r19_a_device_that_goes_on_is_fenced_when_it_hears_of_another_writ
         await a.sync()
     assert await a.read(0, PAGE_BYTES) == b"a" * PAGE_BYTES
     assert await b.read(0, PAGE_BYTES) == bytes(PAGE_BYTES)
+
+
+async def test_r20_no_record_is_ever_deleted_so_no_number_is_used_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through checkpoints, lost answers, a take-over, a host that is fenced and one that begins anew: what
+    was once made below epoch/ is there, byte for byte, and nobody has asked for its deletion."""
+    monkeypatch.setattr(writeback, "CHECKPOINT_EACH", 2)
+    folder, seen = world.folder / "store" / "epoch", dict[str, bytes]()
+    deleted = list[str]()
+
+    def before(method: str, name: str) -> None:
+        if method == "delete":
+            deleted.append(name)
+        for path in folder.glob("*"):
+            assert seen.setdefault(path.name, path.read_bytes()) == path.read_bytes()
+
+    def lose_some(method: str, name: str) -> None:
+        if (
+            method == "create"
+            and name.startswith("epoch/")
+            and name.endswith(("3", "6"))
+            and name not in lost
+        ):
+            lost.append(name)
+            raise RemoteUnavailable("the answer is lost")
+
+    lost = list[str]()
+    world.store.before, world.store.after = before, lose_some
+    a = await world.attached("a")
+    for n in range(5):
+        await a.write(n * PAGE_BYTES, bytes([n + 1]) * PAGE_BYTES)
+        await a.sync()
+    await a.write(0, b"lost" * 1024)
+    b = await world.attached("b", TAKE_OVER)
+    await b.write(0, b"b" * PAGE_BYTES)
+    await b.sync()
+    with pytest.raises(Fenced):
+        await a.sync()
+    await a.detach()
+    await b.detach()
+    await a.attach(Wishes(discard_local=True))
+    await a.write(0, b"a" * PAGE_BYTES)
+    await a.detach()
+    assert len(lost) == 2
+    assert not [name for name in deleted if name.startswith(("epoch/", "checkpoint/"))]
+    assert deleted, "the proof's objects are deleted, so this sees deletions"
+    there = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert seen.items() <= there.items()
+    assert sorted(int(name, 16) for name in there) == list(range(1, len(there) + 1))
+
+
+async def test_discard_local_does_without_what_the_index_says(world: World) -> None:
+    a = await world.attached("a")
+    await a.write(0, b"a" * PAGE_BYTES)
+    await a.sync()
+    await world.stop(a)
+    with changed_index(world.folder / "a" / "cache") as index:
+        (record,) = index.layers()
+        index.write_rows({}, volumes={record.layer_id: VolumeChange(b"{}")})
+    a = await world.host("a")
+    with pytest.raises(CacheError, match="does not say where the volume vol stands") as refused:
+        await a.attach()
+    assert "--discard-local" in str(refused.value.hint)
+    await a.attach(Wishes(discard_local=True))
+    assert await a.read(0, PAGE_BYTES) == b"a" * PAGE_BYTES

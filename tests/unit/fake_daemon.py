@@ -112,6 +112,10 @@ class FakeDaemon:
             device["write_back"]["dirty_bytes"] = 0
         return device
 
+    async def content(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        self.device(name)
+        return bytes(offset_bytes + i & 0xFF for i in range(length_bytes))
+
     async def repin(self, name: str) -> dict[str, Any]:
         return self.device(name)
 

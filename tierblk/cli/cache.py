@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from tierblk.cli import cache_verify
+from tierblk.cli import cache_export, cache_verify
 
 NAME = "cache"
 HELP = "look into a cache directory"
-VERBS = (cache_verify,)
+VERBS = (cache_verify, cache_export)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -73,12 +73,34 @@ class Daemon:
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float | None = None
     ) -> dict[str, Any]:
         """One call. Raises what the daemon reported, DaemonError when it does not answer, DeadSocket."""
+        status, answer = self._call(method, path, None if body is None else json.dumps(body), timeout_s)
+        return self._document(status, answer)
+
+    def read(self, path: str, timeout_s: float | None = None) -> bytes:
+        """GET of bytes. As `request`."""
+        status, answer = self._call("GET", path, None, timeout_s)
+        if status >= 400:
+            self._document(status, answer)
+        return answer
+
+    def _document(self, status: int, answer: bytes) -> dict[str, Any]:
+        try:
+            document = json.loads(answer)
+        except ValueError as error:
+            raise DaemonError(f"{self} broke off: {error}") from None
+        if not isinstance(document, dict):
+            raise DaemonError(f"{self} gave an answer that is not understood")
+        if status >= 400:
+            raise from_dict(document.get("error"))
+        return document
+
+    def _call(self, method: str, path: str, body: str | None, timeout_s: float | None) -> tuple[int, bytes]:
         timeout_s = timeout_s or self.timeout_s
         connection = _Connection(self.run_dir, timeout_s)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body))
+            connection.request(method, path, body)
             answer = connection.getresponse()
-            document = json.loads(answer.read(ANSWER_BYTES_MAX))
+            return answer.status, answer.read(ANSWER_BYTES_MAX)
         except (ConnectionRefusedError, FileNotFoundError):
             raise DeadSocket(str(self.run_dir / SOCKET_NAME)) from None
         except PermissionError:
@@ -92,11 +114,6 @@ class Daemon:
             raise DaemonError(f"{self} broke off: {error or type(error).__name__}") from None
         finally:
             connection.close()
-        if not isinstance(document, dict):
-            raise DaemonError(f"{self} gave an answer that is not understood")
-        if answer.status >= 400:
-            raise from_dict(document.get("error"))
-        return document
 
     def process(self) -> int:
         """A pidfd of the process that listens at the socket (not of what daemon.json claims). DeadSocket."""
