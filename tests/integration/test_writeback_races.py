@@ -146,7 +146,7 @@ class Racer:
         self.did["heard"] += 1
 
 
-@pytest.mark.timeout(60 + 12 * ROUNDS)
+@pytest.mark.timeout(60 + (60 if WITH_S3 else 12) * ROUNDS)
 async def test_two_hosts_that_want_a_volume_at_once(
     shop: tuple[str, Open], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
