@@ -4,6 +4,7 @@
 # make test-native, make test-vm: its two halves
 # make demo    a Debian booted from a device
 # make bench   ratios beside the kernel's loop, a null device, nbdkit and curl
+# make openapi   docs/openapi.json anew, after a change of the control interface
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,7 +22,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 NATIVE_PACKAGES := gcc libc6-dev liburing-dev pkg-config nginx-light openssl curl fdisk qemu-utils
 CORE_SOURCES := $(wildcard tierblk/core/*.c tierblk/core/*.h tierblk/core/build.py)
 
-.PHONY: help setup packages build check test test-native clean
+.PHONY: help setup packages build check test test-native openapi clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -71,6 +72,9 @@ test-native: check
 
 test: test-native
 	$(MAKE) test-vm
+
+openapi: build
+	$(BIN)/python -c 'from tierblk import control, openapi; print(openapi.text(control.OPERATIONS), end="")' > docs/openapi.json
 
 clean:
 	rm -rf $(VENV) build/lib.* build/temp.* build/bdist.* *.egg-info tierblk/core/_core.c tierblk/core/*.so tierblk/core/*.o

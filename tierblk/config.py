@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -57,7 +56,7 @@ WRITE_BACK_KEYS = (
 )
 # repr of a float is exact, so that the daemon reads back what the command line read.
 Seconds = Annotated[float, PlainSerializer(lambda seconds: f"{seconds!r}s")]
-Patience = Annotated[float, BeforeValidator(values.patience), PlainSerializer(values.show_patience)]
+Patience = Annotated[float, values.PATIENCE, PlainSerializer(values.show_patience)]
 
 
 class Settings(BaseModel):
@@ -69,19 +68,19 @@ class Settings(BaseModel):
 class DeviceSettings(Settings):
     """[device]: one block device."""
 
-    name: Annotated[str, BeforeValidator(values.name)]
+    name: Annotated[str, values.NAME]
     plane: Literal["auto", "copy", "zero-copy"] = "auto"
-    queues: Annotated[int | Literal["auto"], values.queues] = "auto"
+    queues: Annotated[int | Literal["auto"], values.QUEUES] = "auto"
     queue_depth: Annotated[int, values.integer(1, 1024)] = 64
     hot_memory: Annotated[int, values.size(0, 64 * GIB, 8 * BLOCK_BYTES)] = 0
     on_outage: Patience = math.inf
-    recovery: Annotated[bool, BeforeValidator(values.boolean)] = True
+    recovery: Annotated[bool, values.BOOLEAN] = True
 
 
 class BaseSettings(Settings):
     """[base]: where the image is."""
 
-    url: Annotated[str, BeforeValidator(values.url)]
+    url: Annotated[str, values.IMAGE_URL]
     format: Literal["raw"] = "raw"
 
 
@@ -94,7 +93,7 @@ class VolumeSettings(Settings):
 
     mode: Literal["scratch", "local", "write-back"]
     size: Annotated[int | None, values.size(1 * MIB, 8 * PIB, 512)] = None
-    url: Annotated[str | None, BeforeValidator(values.store_url)] = None
+    url: Annotated[str | None, values.STORE_URL] = None
     epoch_interval: Annotated[Seconds, values.duration(0.1, 3600)] = 5.0
     epoch_size: Annotated[int, values.size(1 * MIB, 1 * GIB)] = 64 * MIB
     max_dirty: Annotated[int | None, values.size(1 * MIB, 128 * TIB)] = None
@@ -121,16 +120,16 @@ class StoreSettings(Settings):
     """[store]: how the store of a volume is reached. Of file:// nothing has to be known; region, addressing
     and profile are of s3:// only."""
 
-    region: Annotated[str, BeforeValidator(values.word)] = "us-east-1"
-    endpoint: Annotated[str | None, BeforeValidator(values.endpoint)] = None
+    region: Annotated[str, values.WORD] = "us-east-1"
+    endpoint: Annotated[str | None, values.ENDPOINT] = None
     addressing: Literal["auto", "path", "virtual"] = "auto"
-    profile: Annotated[str | None, BeforeValidator(values.word)] = None
+    profile: Annotated[str | None, values.WORD] = None
 
 
 class CacheSettings(Settings):
     """[cache]: the local tier. Belongs to the directory: all configs that name it must agree."""
 
-    dir: Annotated[Path, BeforeValidator(values.absolute_path)]
+    dir: Annotated[Path, values.ABSOLUTE_PATH]
     size: Annotated[int, values.size(16 * MIB, 128 * TIB)]
     free_low_percent: Annotated[float, values.percent(0.1, 50)] = 2.0
     free_high_percent: Annotated[float, values.percent(0.1, 50)] = Field(default=4.0, validate_default=True)
@@ -157,12 +156,12 @@ class RemoteSettings(Settings):
     read_timeout: Annotated[Seconds, values.duration(0.1, 3600)] = 30.0
     retries: Annotated[int, values.integer(0, 100)] = 3
     retry_delay: Annotated[Seconds, values.duration(0.001, 60)] = 0.2
-    readahead: Annotated[bool, BeforeValidator(values.boolean)] = True
+    readahead: Annotated[bool, values.BOOLEAN] = True
     hedge_percent: Annotated[float, values.percent(0, 10)] = 2.0
     max_bandwidth: Annotated[int | None, values.size(64 * KIB, 1 * TIB)] = None
     max_request_rate: Annotated[int | None, values.integer(1, 1_000_000)] = None
-    ca_file: Annotated[Path | None, BeforeValidator(values.absolute_path)] = None
-    headers: Annotated[dict[str, str], BeforeValidator(values.headers)] = Field(default_factory=dict)
+    ca_file: Annotated[Path | None, values.ABSOLUTE_PATH] = None
+    headers: Annotated[dict[str, str], values.HEADERS] = Field(default_factory=dict)
 
     @field_validator("staging")
     @classmethod
@@ -179,10 +178,13 @@ class DaemonSettings(Settings):
     """[daemon]: the process that serves a cache directory; the file that it was started with counts."""
 
     watchdog: Annotated[Seconds, values.duration(0, 3600)] = 60.0
+    group: Annotated[str | None, values.GROUP] = None
 
 
 class Config(Settings):
     """One config file: one device, its image, its cache and how it is fetched."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["base"]}, {"required": ["volume"]}]})
 
     device: DeviceSettings
     base: BaseSettings | None = None
@@ -329,7 +331,7 @@ def _key(loc: Iterable[int | str]) -> str:
 def _nothing_to_show(document: Mapping[str, Any]) -> Iterable[str]:
     """A device has an image, or a volume whose size is known without one."""
     volume = document.get("volume")
-    if "base" in document:
+    if document.get("base") is not None:  # JSON, unlike TOML, can say that it is null
         return
     if volume is None:
         yield "base.url: is required"

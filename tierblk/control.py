@@ -1,15 +1,8 @@
-"""The control interface: HTTP/JSON over a Unix socket that only the daemon's user may open.
+"""The control interface: HTTP/JSON over a Unix socket for the daemon's user and, if the config names one, a
+group.
 
-    GET    /v1/daemon          what `DaemonApi.info` says
-    GET    /v1/devices         {"devices": [device, ...]}
-    GET    /v1/devices/NAME    device
-    POST   /v1/devices         {"config_path": str, "config": document, "take_over": bool,
-                               "discard_local": bool, "clone_local": bool} -> device
-    DELETE /v1/devices/NAME    {"force": bool} -> {"detached": NAME, "warning": str or null}
-    POST   /v1/devices/NAME/repin  device
-    POST   /v1/devices/NAME/sync   {"wait": bool} -> device
-    GET    /v1/devices/NAME/content?offset=BYTES&length=BYTES   the bytes that it shows there
-    POST   /v1/stop            {"if_idle": bool} -> {"stopping": bool}; the process ends when all has stopped
+What can be asked is the table of operations below, which also makes the routes and the description of them
+(openapi.py, docs/openapi.json). Another one is a method of ControlServer that begins with @_operation.
 
 Whoever hangs up gives up an attach or a reading that runs; everything else goes on without a client.
 
@@ -19,20 +12,23 @@ An error is {"error": {"kind", "message", "hint", "exit_code"}} with a status of
 from __future__ import annotations
 
 import asyncio
+import grp
 import json
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 
-from tierblk import config
+from tierblk import config, messages, openapi, values
+from tierblk.calls import Call, Handler, checked, errors_as_json, peer
 from tierblk.claim import Wishes
-from tierblk.errors import CacheError, ConfigError, DaemonError, DeviceError, TierblkError
+from tierblk.errors import ConfigError, DaemonError, TierblkError
+from tierblk.openapi import Operation
 from tierblk.rundir import END_NAME, INFO_NAME, SOCKET_NAME, socket_address
 
 log = logging.getLogger(__name__)
@@ -43,7 +39,24 @@ CONTENT_BYTES_MAX = 8 << 20
 _SHUTDOWN_S = 0.5
 
 Device = dict[str, Any]
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPERATIONS: list[Operation] = []
+"""All that can be asked, in the order of the description."""
+
+_DEVICE = messages.Device | messages.WaitingDevice
+
+
+def _operation(method: str, path: str, summary: str, answer: Any, **more: Any) -> Callable[[F], F]:
+    """Makes a method of ControlServer an operation; more: further fields of Operation. The method gets a
+    Call, and returns a document, or a whole response."""
+
+    def enlist(function: F) -> F:
+        name = function.__name__.removeprefix("_")
+        OPERATIONS.append(Operation(method, path, name, summary, answer, **more))
+        return function
+
+    return enlist
 
 
 class DaemonApi(Protocol):
@@ -100,12 +113,15 @@ class ControlServer:
     Whoever calls `start` holds the cache directory's lock (R8), so a socket that is already there is dead.
     """
 
-    def __init__(self, api: DaemonApi, run_dir: Path) -> None:
+    def __init__(self, api: DaemonApi, run_dir: Path, gid: int | None = None) -> None:
+        """gid: of the group that may use it too."""
         self.api = api
         self.run_dir = run_dir
+        self._gid = gid
         self._runner: web.AppRunner | None = None
         self._attaching: set[asyncio.Transport] = set()
         self._running: set[asyncio.Task[web.StreamResponse]] = set()
+        self._abandoned: set[Handler] = set()
 
     @property
     def socket_path(self) -> Path:
@@ -114,21 +130,13 @@ class ControlServer:
 
     async def start(self) -> None:
         """Listen; connections are accepted from here on. DaemonError: the run directory does not allow it."""
-        middlewares = [self._outlasts_its_client, _errors_as_json]
+        middlewares = [self._outlasts_its_client, errors_as_json]
         app = web.Application(middlewares=middlewares, client_max_size=REQUEST_BYTES_MAX)
-        app.add_routes(
-            [
-                web.get("/v1/daemon", self._info),
-                web.get("/v1/devices", self._devices),
-                web.post("/v1/devices", self._attach),
-                web.get("/v1/devices/{name}", self._device),
-                web.delete("/v1/devices/{name}", self._detach),
-                web.get("/v1/devices/{name}/content", self._content),
-                web.post("/v1/devices/{name}/repin", self._repin),
-                web.post("/v1/devices/{name}/sync", self._sync),
-                web.post("/v1/stop", self._stop),
-            ]
-        )
+        for operation in OPERATIONS:
+            handler = self._handler(operation)
+            app.router.add_route(operation.method, operation.path, handler)
+            if operation.abandoned:
+                self._abandoned.add(handler)
         # Who closes it has ended the attaches that run; a detach that runs is ended by the stop that follows.
         runner = web.AppRunner(
             app,
@@ -139,12 +147,16 @@ class ControlServer:
         )
         try:
             self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._permit(self.run_dir, 0o700)  # whoever made it, and for whom
             (self.run_dir / END_NAME).unlink(missing_ok=True)
             self._write_info()
             listener = self._bind()
         except OSError as error:
+            hint = None
+            if self._gid is not None and isinstance(error, PermissionError):
+                hint = "daemon.group: only root, or a member of the group, can give it a file"
             raise DaemonError(
-                f"cannot make the control socket {self.socket_path}: {error.strerror}"
+                f"cannot make the control socket {self.socket_path}: {error.strerror}", hint
             ) from None
         await runner.setup()
         self._runner = runner
@@ -168,7 +180,10 @@ class ControlServer:
         info = self.api.info()
         known = {key: info.get(key) for key in ("pid", "cache_dir", "config_path", "started")}
         new = self.run_dir / f"{INFO_NAME}.new"
-        new.write_text(json.dumps(known) + "\n")
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+            file.write(json.dumps(known) + "\n")
+        self._permit(new, 0o600, 0o640)
         new.replace(self.run_dir / INFO_NAME)
 
     def _bind(self) -> socket.socket:
@@ -179,123 +194,147 @@ class ControlServer:
             with socket_address(self.run_dir) as address:
                 listener.bind(address)
             # Nobody can connect before listen(), so there is no moment at which others could.
-            os.chmod(self.socket_path, 0o600)
+            self._permit(self.socket_path, 0o600)
         except BaseException:
             listener.close()
             raise
         return listener
 
+    def _permit(self, path: Path, alone: int, shared: int | None = None) -> None:
+        """Mode alone without a group; with one, shared, or what its owner may is its group's too. OSError."""
+        if self._gid is None:
+            path.chmod(alone)
+            return
+        os.chown(path, -1, self._gid)  # the group first: the old one gets nothing
+        path.chmod(_SHARED[alone] if shared is None else shared)
+
     @web.middleware
     async def _outlasts_its_client(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The server cancels what a client asked for that hung up. Right for an attach, whose client is gone
-        with Ctrl-C, or after its time-out, or for a reading; a detach that was begun must come to its end."""
-        if request.match_info.handler in (self._attach, self._content):
+        with Ctrl-C, or after its time-out; a detach that was begun must come to its end."""
+        if request.match_info.handler in self._abandoned:
             return await handler(request)
         running = asyncio.ensure_future(handler(request))
         self._running.add(running)
         running.add_done_callback(self._running.discard)
         return await asyncio.shield(running)
 
-    async def _info(self, request: web.Request) -> web.Response:
-        return web.json_response(self.api.info())
+    def _handler(self, operation: Operation) -> Handler:
+        method = getattr(self, f"_{operation.name}")
 
-    async def _devices(self, request: web.Request) -> web.Response:
-        return web.json_response({"devices": self.api.devices()})
+        async def handle(request: web.Request) -> web.StreamResponse:
+            call = await checked(operation, request)
+            if operation.method != "GET":
+                what = f"{operation.name} {call.name or getattr(call.body, 'config_path', '')}".rstrip()
+                log.info("%s, asked for by %s", values.quoted(what)[1:-1], peer(request))
+            answer = await method(call)
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            return web.json_response(answer, status=operation.status)
 
-    async def _device(self, request: web.Request) -> web.Response:
-        return web.json_response(self.api.device(request.match_info["name"]))
+        return handle
 
-    async def _attach(self, request: web.Request) -> web.Response:
-        body = await _json_object(request)
-        path, document = body.get("config_path"), body.get("config")
-        if not isinstance(path, str) or not isinstance(document, dict):
-            raise DaemonError('the body must be {"config_path": a string, "config": an object}')
-        if (client := request.transport) is None:
+    @_operation("GET", "/v1/openapi.json", "This description", {"type": "object"})
+    async def _describe(self, call: Call) -> Any:
+        return openapi.document(OPERATIONS)
+
+    @_operation("GET", "/v1/daemon", "The daemon and its cache", messages.DaemonInfo)
+    async def _info(self, call: Call) -> Any:
+        return self.api.info()
+
+    @_operation("GET", "/v1/devices", "All devices", messages.Devices)
+    async def _devices(self, call: Call) -> Any:
+        return {"devices": self.api.devices()}
+
+    @_operation(
+        "POST",
+        "/v1/devices",
+        "Attach: make the device of a config; it can be opened when the answer comes",
+        _DEVICE,
+        body=messages.AttachBody,
+        status=201,
+        errors=(502,),
+        abandoned=True,
+    )
+    async def _attach(self, call: Call) -> Any:
+        body: messages.AttachBody = call.body
+        if (client := call.request.transport) is None:
             raise DaemonError("the client has hung up")
         self._attaching.add(client)
         try:
-            asked = (body.get(key) is True for key in ("take_over", "discard_local", "clone_local"))
-            wishes = Wishes(*asked)
-            device = await self.api.attach(config.parse(document, Path(path)), wishes)
+            wishes = Wishes(body.take_over, body.discard_local, body.clone_local)
+            return await self.api.attach(config.parse(body.config, Path(body.config_path)), wishes)
         finally:
             self._attaching.discard(client)
-        return web.json_response(device, status=201)
 
-    async def _detach(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        body = await _json_object(request) if request.can_read_body else {}
-        warning = await self.api.detach(name, force=body.get("force") is True)
-        return web.json_response({"detached": name, "warning": warning})
+    @_operation("GET", "/v1/devices/{name}", "One device", _DEVICE)
+    async def _device(self, call: Call) -> Any:
+        return self.api.device(call.name)
 
-    async def _content(self, request: web.Request) -> web.Response:
-        offset_bytes, length_bytes = (_number(request, key) for key in ("offset", "length"))
-        if length_bytes > CONTENT_BYTES_MAX:
-            raise DaemonError(f"at most {CONTENT_BYTES_MAX} bytes are read at once")
-        content = await self.api.content(request.match_info["name"], offset_bytes, length_bytes)
-        return web.Response(body=content, content_type="application/octet-stream")
+    @_operation(
+        "DELETE",
+        "/v1/devices/{name}",
+        "Detach: stop and delete the device; it is gone when the answer comes",
+        messages.Detached,
+        body=messages.DetachBody,
+        errors=(502,),
+    )
+    async def _detach(self, call: Call) -> Any:
+        warning = await self.api.detach(call.name, force=call.body.force)
+        return {"detached": call.name, "warning": warning}
 
-    async def _repin(self, request: web.Request) -> web.Response:
-        return web.json_response(await self.api.repin(request.match_info["name"]))
+    @_operation(
+        "POST",
+        "/v1/devices/{name}/repin",
+        "Show the version of its image that the server has now",
+        _DEVICE,
+        body=messages.NoBody,
+        errors=(502,),
+    )
+    async def _repin(self, call: Call) -> Any:
+        return await self.api.repin(call.name)
 
-    async def _sync(self, request: web.Request) -> web.Response:
-        body = await _json_object(request) if request.can_read_body else {}
-        device = await self.api.sync(request.match_info["name"], wait=body.get("wait") is True)
-        return web.json_response(device)
+    @_operation(
+        "POST",
+        "/v1/devices/{name}/sync",
+        "Upload what was written to it before",
+        _DEVICE,
+        body=messages.SyncBody,
+        errors=(502,),
+    )
+    async def _sync(self, call: Call) -> Any:
+        return await self.api.sync(call.name, wait=call.body.wait)
 
-    async def _stop(self, request: web.Request) -> web.Response:
-        body = await _json_object(request) if request.can_read_body else {}
+    @_operation(
+        "POST",
+        "/v1/stop",
+        "Take all devices away and end the daemon; the answer comes at once",
+        messages.Stopping,
+        body=messages.StopBody,
+    )
+    async def _stop(self, call: Call) -> Any:
         # Who started a daemon for an attach that failed takes it away again, unless others came meanwhile.
         attaching = not all(client.is_closing() for client in self._attaching)  # else it was given up
-        if body.get("if_idle") and (attaching or self.api.devices()):
-            return web.json_response({"stopping": False})
+        if call.body.if_idle and (attaching or self.api.devices()):
+            return {"stopping": False}
         self.api.request_stop()
-        return web.json_response({"stopping": True})
+        return {"stopping": True}
 
 
-async def _json_object(request: web.Request) -> dict[str, Any]:
+_SHARED = {0o700: 0o750, 0o600: 0o660}
+
+
+def group_id(name: str | None) -> int | None:
+    """Of daemon.group. ConfigError: this machine has none of this name."""
+    if name is None:
+        return None
     try:
-        body = json.loads(await request.read())
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise DaemonError("the body of the request is not a JSON object")
-    return body
-
-
-def _number(request: web.Request, key: str) -> int:
-    text = request.query.get(key, "")
-    if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise DaemonError(f"{key} must be a number of bytes")
-    return int(text)
-
-
-def _status(error: TierblkError) -> int:
-    """HTTP's word for who is to blame; clients go by kind and exit code."""
-    if isinstance(error, ConfigError):
-        return 400
-    if isinstance(error, DeviceError | DaemonError):
-        return 409
-    return 500 if isinstance(error, CacheError) else 502
-
-
-def _error_response(error: TierblkError, status: int) -> web.Response:
-    return web.json_response({"error": error.to_dict()}, status=status)
-
-
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    what = f"{request.method} {request.path}"
-    try:
-        return await handler(request)
-    except TierblkError as error:
-        log.info("%s: %s", what, error)
-        return _error_response(error, _status(error))
-    except web.HTTPException as error:
-        return _error_response(DaemonError(f"{what}: {error.reason.lower()}"), error.status)
-    except Exception as error:
-        log.exception("%s failed", what)
-        internal = TierblkError(f"internal error in the daemon: {error!r:.200}", "its log has the details")
-        return _error_response(internal, 500)
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(
+            f'daemon.group: this machine has no group "{name}"',
+            f"make it (groupadd --system {name}), or leave daemon.group out",
+        ) from None
 
 
 def report_end(run_dir: Path, error: TierblkError) -> None:

@@ -26,7 +26,7 @@ from tierblk.config import Config, cache_conflicts
 from tierblk.core import BLOCK_BYTES, Engine, ublk
 from tierblk.device import Device, Home
 from tierblk.driver import driver_error, stamp_of
-from tierblk.errors import DaemonError, DeviceError, TierblkError
+from tierblk.errors import DaemonError, DeviceError, TierblkError, UnknownDevice
 from tierblk.fill import Fills
 from tierblk.layer import Filled, Stack
 from tierblk.records import DeviceRecord
@@ -348,7 +348,12 @@ class Daemon:
     # -- what can be asked of a device ---
 
     def _same_cache(self, config: Config) -> None:
-        """Two configs of one directory must agree about it."""
+        """Two configs of one directory must agree about it. One of another directory has another daemon."""
+        if not _same(self._config.cache.dir, config.cache.dir):
+            raise DaemonError(
+                f"this daemon serves {self._config.cache.dir}, and {config.path} names {config.cache.dir}",
+                f"`tierblk attach {config.path}` asks or starts the daemon of that one",
+            )
         if different := cache_conflicts(self._config, config):
             raise DaemonError("; ".join(different), f"both use {config.cache.dir}: make them agree")
 
@@ -450,7 +455,7 @@ class Daemon:
             waiting = self._takeovers[name]
             raise DeviceError(f"{name} ({waiting.record.path}) is {waiting.state}: {waiting.reason}")
         if name not in self._devices:
-            raise DeviceError(f"no device is called {name}", "`tierblk list` shows those that there are")
+            raise UnknownDevice(f"no device is called {name}", "`tierblk list` shows those that there are")
         return self._devices[name]
 
     def devices(self) -> list[dict[str, Any]]:
@@ -488,3 +493,10 @@ class Daemon:
             "cache": cache.stats() if cache else {},
             "fills": self._fills.busy if self._fills else 0,
         }
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

@@ -431,7 +431,7 @@ class Device:
             "path": self.path,
             "plane": self.plane,
             "size_bytes": self.stack.size_bytes,
-            **{key: stats.get(key, 0) for key in _SHOWN_STATS},
+            **{key: stats.get(key, 0) for key in SHOWN_STATS},
             "latencies": {
                 tier: Latencies(counts, tick_s).to_dict()
                 for tier, counts in zip(TIERS, latencies, strict=False)
@@ -463,7 +463,7 @@ class Device:
         }
 
 
-_SHOWN_STATS = (
+SHOWN_STATS = (
     "hit_bytes",
     "zero_bytes",
     "miss_bytes",

@@ -82,6 +82,10 @@ class DeviceError(TierblkError):
     errno = ENODEV
 
 
+class UnknownDevice(DeviceError):
+    """No device has this name. For users and on the wire it is a DeviceError."""
+
+
 class DaemonError(TierblkError):
     """The daemon does not answer, or what is asked conflicts with what it already does."""
 

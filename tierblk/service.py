@@ -9,7 +9,7 @@ import signal
 from functools import partial
 
 from tierblk.config import Config
-from tierblk.control import ControlServer, report_end
+from tierblk.control import ControlServer, group_id, report_end
 from tierblk.daemon import Daemon
 from tierblk.errors import CacheError
 from tierblk.ready import Ready
@@ -29,6 +29,7 @@ def settle_collector() -> None:
 
 
 async def _serve(config: Config, ready: Ready) -> None:
+    gid = group_id(config.daemon.group)  # before anything is made
     daemon = Daemon(config)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, daemon.request_stop)
@@ -36,7 +37,7 @@ async def _serve(config: Config, ready: Ready) -> None:
     control: ControlServer | None = None
     try:
         await daemon.start()
-        control = ControlServer(daemon, daemon.run_dir)
+        control = ControlServer(daemon, daemon.run_dir, gid)
         await control.start()
         settle_collector()
         ready.serves(control.socket_path)

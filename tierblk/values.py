@@ -1,7 +1,8 @@
 """Values of settings: what a TOML file may say, as pydantic's validators, and how an error shows it.
 
 Sizes become bytes (int) and durations seconds (float). A validator raises ValueError, whose text follows the
-key in the message.
+key in the message. What it takes is said once more as a type, which the description of the control interface
+shows (openapi.py).
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from tierblk import address
 from tierblk.units import format_duration, format_exact_size, parse_duration, parse_size
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,31}"
+GROUP_PATTERN = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
 
 # What every request carries by itself; a second one would break the checks that rest on it.
 OWN_HEADERS = frozenset(
@@ -35,6 +37,16 @@ OWN_HEADERS = frozenset(
         "transfer-encoding",
     }
 )
+
+
+_SIZE = r"^[0-9]{1,20}(\.[0-9]{1,9})? ?(B|[KMGTP]iB|[kMGTP]B)?$"
+_DURATION = r"^[0-9]{1,20}(\.[0-9]{1,9})? ?(ms|s|m|h)$"
+_HEADER = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+
+
+def text(pattern: str) -> Any:
+    """The type of a string that a pattern describes."""
+    return Annotated[str, Field(pattern=pattern)]
 
 
 def _range(value: Any, least: Any, most: Any, show: Callable[[Any], str]) -> None:
@@ -76,7 +88,8 @@ def size(least: int, most: int, multiple: int = 1) -> BeforeValidator:
             )
         return size_bytes
 
-    return BeforeValidator(check)
+    number = Annotated[int, Field(ge=least, le=most, multiple_of=multiple)]
+    return BeforeValidator(check, json_schema_input_type=number | text(_SIZE))
 
 
 def duration(least: float, most: float) -> BeforeValidator:
@@ -85,7 +98,7 @@ def duration(least: float, most: float) -> BeforeValidator:
         _range(seconds, least, most, format_duration)
         return seconds
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=text(_DURATION))
 
 
 def patience(value: object) -> float:
@@ -123,10 +136,9 @@ def integer(least: int, most: int) -> BeforeValidator:
         _range(value, least, most, str)
         return value
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=Annotated[int, Field(ge=least, le=most)])
 
 
-@BeforeValidator
 def queues(value: object) -> int | str:
     if value == "auto":
         return "auto"
@@ -141,10 +153,10 @@ def percent(least: float, most: float) -> BeforeValidator:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"must be a number, is {shown(value)}")
         if not least <= value <= most:  # also catches nan
-            raise ValueError(f"must be from {least:g} to {most:g} percent, is {value:g}")
+            raise ValueError(f"must be from {least:g} to {most:g} percent, is {quoted(value)}")
         return float(value)
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=Annotated[float, Field(ge=least, le=most)])
 
 
 def string(value: object) -> str:
@@ -226,6 +238,14 @@ def word(value: object) -> str:
     return text
 
 
+def group(value: object) -> str:
+    """The name of a group of this machine."""
+    text = string(value)
+    if not re.fullmatch(GROUP_PATTERN, text):
+        raise ValueError(f"must be the name of a group, is {quoted(text)}")
+    return text
+
+
 def _parts(value: object) -> tuple[str, str, SplitResult]:
     """(the address, the same for a message, its parts)."""
     text = string(value)
@@ -235,8 +255,8 @@ def _parts(value: object) -> tuple[str, str, SplitResult]:
     try:
         parts = urlsplit(text)
         parts.port  # noqa: B018  # raises for a port that is none
-    except ValueError as error:
-        raise ValueError(f"is not a URL ({error}): {shown}") from None
+    except ValueError:  # whose text may repeat a password
+        raise ValueError(f"is not a URL, its host or its port cannot be one: {shown}") from None
     return text, shown, parts
 
 
@@ -247,14 +267,34 @@ def _file(text: str, shown: str, parts: SplitResult, example: str) -> str:
 
 
 def headers(value: object) -> dict[str, str]:
+    # What is wrong may be a secret in the wrong place, so no message repeats it.
     if not isinstance(value, dict):
-        raise ValueError(f"must be a table of strings, is {shown(value)}")
+        raise ValueError('must be a table of strings ([remote.headers], then Name = "text")')
     for name, text in value.items():
-        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-            raise ValueError(f"{quoted(name)} is not the name of an HTTP header")
+        if not re.fullmatch(_HEADER, name):
+            begin = re.match(f"(?:{_HEADER})?", name)
+            raise ValueError(
+                f"{quoted((begin[0][:40] if begin else '') + '…')} is not the name of an HTTP header"
+            )
         if name.lower() in OWN_HEADERS:
             raise ValueError(f"{name} is set by tierblk itself")
-        # The text may be a secret, so the message does not repeat it.
         if not isinstance(text, str) or not re.fullmatch(r"[\t\x20-\x7e]*", text):
             raise ValueError(f"the text of {name} must be a string of printable ASCII")
     return dict(value)
+
+
+def _validated(check: Callable[[object], Any], takes: Any) -> BeforeValidator:
+    return BeforeValidator(check, json_schema_input_type=takes)
+
+
+NAME = _validated(name, text(f"^{NAME_PATTERN}$"))
+QUEUES = _validated(queues, Annotated[int, Field(ge=1, le=64)] | Literal["auto"])
+PATIENCE = _validated(patience, text(r"^(wait|fail|wait [0-9]{1,20}(\.[0-9]{1,9})? ?(ms|s|m|h))$"))
+BOOLEAN = _validated(boolean, bool)
+ABSOLUTE_PATH = _validated(absolute_path, text(r"^/[^\x00]*$"))
+IMAGE_URL = _validated(url, text("^(https?|file)://"))
+STORE_URL = _validated(store_url, text("^(s3|gs|az|file)://"))
+ENDPOINT = _validated(endpoint, text("^https?://"))
+WORD = _validated(word, text(r"^[\x21-\x7e]{1,200}$"))
+GROUP = _validated(group, text(f"^{GROUP_PATTERN}$"))
+HEADERS = _validated(headers, dict[text(f"^{_HEADER}$"), text(r"^[\t\x20-\x7e]*$")])  # type: ignore[misc]

@@ -19,7 +19,7 @@ from typing import Any
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.control import ControlServer, report_end
-from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable
+from tierblk.errors import CacheError, DaemonError, RemoteUnavailable, UnknownDevice
 from tierblk.ready import Ready
 from tierblk.rundir import run_root
 
@@ -124,7 +124,7 @@ class FakeDaemon:
 
     def device(self, name: str) -> dict[str, Any]:
         if name not in self._devices:
-            raise DeviceError(f"no device is called {name}")
+            raise UnknownDevice(f"no device is called {name}")
         return self._devices[name]
 
     def info(self) -> dict[str, Any]:

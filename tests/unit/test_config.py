@@ -275,7 +275,7 @@ def test_an_empty_document_names_all_that_is_required() -> None:
         ("remote", "ca_file", "ca.pem", "must be an absolute path"),
         ("remote", "headers", "X: y", "must be a table of strings"),
         ("remote", "headers", {"Range": "bytes=0-1"}, "Range is set by tierblk itself"),
-        ("remote", "headers", {"X Y": "z"}, '"X Y" is not the name of an HTTP header'),
+        ("remote", "headers", {"X Y": "z"}, '"X…" is not the name of an HTTP header'),
         ("remote", "headers", {"X": "a\r\nY: b"}, "the text of X must be a string of printable ASCII"),
         ("remote", "headers", {"X": 5}, "the text of X must be a string of printable ASCII"),
     ],

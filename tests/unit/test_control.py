@@ -108,9 +108,17 @@ async def test_a_hint_arrives_too(server: control.ControlServer, tmp_path: Path)
         (("DELETE", "/v1/devices/none"), "no device is called none"),
         (("GET", "/v2/devices"), "GET /v2/devices: not found"),
         (("PUT", "/v1/devices"), "PUT /v1/devices: method not allowed"),
-        (("POST", "/v1/devices"), "the body of the request is not a JSON object"),
-        (("POST", "/v1/devices", {}), "the body must be"),
-        (("POST", "/v1/devices", {"config_path": 5, "config": {}}), "the body must be"),
+        (("POST", "/v1/devices"), 'the body of the request must have "config_path"; must have "config"'),
+        (("POST", "/v1/devices", {"config_path": 5, "config": {}}), 'the body of the request has a wrong "'),
+        (("POST", "/v1/devices", {"config_path": "a", "config": {}}), "the body of the request has a wrong"),
+        (("DELETE", "/v1/devices/a", {"force": 1}), 'the body of the request has a wrong "force": input'),
+        (("DELETE", "/v1/devices/a", {"Force": True}), 'the body of the request must not have "Force"'),
+        (("POST", "/v1/devices/a/sync", {"wait": "yes"}), 'the body of the request has a wrong "wait"'),
+        (("POST", "/v1/devices/a/repin", {"x": {}}), 'the body of the request must not have "x"'),
+        (("POST", "/v1/stop", {"if_idle": None}), 'the body of the request has a wrong "if_idle"'),
+        (("GET", "/v1/devices?name=a"), 'unknown parameter "name" in the query (there are none)'),
+        (("GET", "/v1/devices/A%0ab"), r'no device can be called "A\nb"'),
+        (("GET", "/v2/%0a"), "GET /v2/%0a: not found"),
         (("POST", "/v1/devices", {"x": "y" * (5 << 20)}), "POST /v1/devices: request entity too large"),
     ],
 )
@@ -121,15 +129,32 @@ async def test_wrong_requests(server: control.ControlServer, request_: tuple[Any
     assert caught.value.message.startswith(message)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"[" * 100_000, b"\xff", b'{"config_path": "/\\ud800", "config": {}}']
+)
 async def test_bodies_that_are_no_objects(server: control.ControlServer, body: bytes) -> None:
+    status, error = await raw(server, b"POST /v1/devices", body, b"Content-Type: application/json\r\n")
+    assert status == 400
+    assert isinstance(error, DaemonError)
+
+
+async def raw(
+    server: control.ControlServer, line: bytes, body: bytes, head: bytes = b""
+) -> tuple[int, TierblkError]:
     reader, writer = await asyncio.open_unix_connection(sock=connected(server.run_dir))
-    writer.write(b"POST /v1/devices HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+    writer.write(b"%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s" % (line, head))
     writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-    head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+    begin, _, answer = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
-    assert head.startswith(b"HTTP/1.1 409")
-    assert isinstance(from_dict(json.loads(answer)["error"]), DaemonError)
+    return int(begin.split()[1]), from_dict(json.loads(answer)["error"])
+
+
+@pytest.mark.parametrize("head", [b"", b"Content-Type: text/plain\r\n", b"Content-Type: \x80\r\n"])
+async def test_a_body_must_say_that_it_is_json(server: control.ControlServer, head: bytes) -> None:
+    status, error = await raw(server, b"POST /v1/stop", b"{}", head)
+    assert (status, error.hint) == (415, "send it with: Content-Type: application/json")
+    assert isinstance(server.api, FakeDaemon)
+    assert not server.api.stopping.is_set()
 
 
 def connected(run_dir: Path) -> socket.socket:
@@ -168,7 +193,8 @@ def post(server: control.ControlServer, method: str, path: str, body: object) ->
     """A client that has sent its request and may hang up."""
     text = json.dumps(body).encode()
     client = connected(server.run_dir)
-    client.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n".encode())
+    head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
+    client.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode())
     client.sendall(text)
     return client
 

@@ -98,7 +98,9 @@ class Daemon:
         timeout_s = timeout_s or self.timeout_s
         connection = _Connection(self.run_dir, timeout_s)
         try:
-            connection.request(method, path, body)
+            connection.request(
+                method, path, body, {} if body is None else {"Content-Type": "application/json"}
+            )
             answer = connection.getresponse()
             return answer.status, answer.read(ANSWER_BYTES_MAX)
         except (ConnectionRefusedError, FileNotFoundError):
