@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 
-from tierblk import config, messages, openapi, values
+from tierblk import config, messages, openapi
 from tierblk.calls import Call, Handler, checked, errors_as_json, peer
 from tierblk.claim import Wishes
 from tierblk.errors import ConfigError, DaemonError, TierblkError
@@ -226,7 +226,7 @@ class ControlServer:
             call = await checked(operation, request)
             if operation.method != "GET":
                 what = f"{operation.name} {call.name or getattr(call.body, 'config_path', '')}".rstrip()
-                log.info("%s, asked for by %s", values.quoted(what)[1:-1], peer(request))
+                log.info("%s, asked for by %s", json.dumps(what)[1:-1], peer(request))  # on one line
             answer = await method(call)
             if isinstance(answer, web.StreamResponse):
                 return answer

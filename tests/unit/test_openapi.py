@@ -30,8 +30,8 @@ class Honest(FakeDaemon):
         told |= {"recovery": True, "read_only": True, "attached": 1.0, "recovered": None}
         told.setdefault("volume", None)
         if "write_back" in told:
-            more = {"epoch_at": None, "uploading": False, "epochs": 7, "durability": "local"}
-            told["write_back"] = {**told["write_back"], **more, "trouble_since": None}
+            told["write_back"] = told["write_back"] | {"epoch_at": None, "uploading": False, "epochs": 7}
+            told["write_back"] |= {"durability": "local", "trouble_since": None}
         return told
 
     async def attach(self, *args: Any) -> dict[str, Any]:
