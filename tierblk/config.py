@@ -311,7 +311,7 @@ def _faults(error: ValidationError) -> Iterable[str]:
             case "extra_forbidden":
                 yield _unknown(key, fault["loc"])
             case "model_type" | "model_attributes_type":
-                yield f"{key}: must be a table ([{key}]), is {values.shown(value)}"
+                yield f"{key}: must be a table ([{key}]), is {values.kind(value)}"
             case "literal_error":
                 yield f"{key}: must be {_one_of(fault['loc'])}, is {values.quoted(value)}"
             case "value_error":

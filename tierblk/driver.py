@@ -115,11 +115,16 @@ def take_away(dev_id: int, *, rest_s: float = 10.0) -> None:
                 raise
 
 
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME")
+
+
 def send_try_stop(dev_id: int) -> subprocess.Popen[bytes]:
     """A process that has begun to send TRY_STOP and ends with its errno. Blocks while it starts; OSError."""
     root = str(Path(tierblk.__file__).resolve().parent.parent)
     command = [sys.executable, "-P", "-c", _TRY_STOP, root, str(dev_id)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    # The daemon's environment may have credentials, which this one has no use for.
+    env = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env)
     assert process.stdout is not None
     with process.stdout as begun:
         begun.read(1)

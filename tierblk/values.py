@@ -56,8 +56,8 @@ def _range(value: Any, least: Any, most: Any, show: Callable[[Any], str]) -> Non
         raise ValueError(f"must be at most {show(most)}, is {show(value)}")
 
 
-def shown(value: object) -> str:
-    """A TOML value as an error shows it: what it is and of what type, short."""
+def kind(value: object) -> str:
+    """Of what type a TOML value is, for an error that does not show it."""
     kinds = {
         bool: "a boolean",
         int: "an integer",
@@ -66,8 +66,12 @@ def shown(value: object) -> str:
         list: "an array",
         dict: "a table",
     }
-    kind = kinds.get(type(value), f"a {type(value).__name__}")
-    return kind if isinstance(value, list | dict) else f"{quoted(value)} ({kind})"
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def shown(value: object) -> str:
+    """A TOML value as an error shows it: what it is and of what type, short."""
+    return kind(value) if isinstance(value, list | dict) else f"{quoted(value)} ({kind(value)})"
 
 
 def quoted(value: object) -> str:
@@ -188,7 +192,7 @@ def url(value: object) -> str:
     if parts.scheme not in ("http", "https", "file"):
         raise ValueError(f"must begin with http://, https:// or file://, is {shown}")
     if parts.fragment:
-        raise ValueError(f"must not have a fragment (#{parts.fragment[:20]})")
+        raise ValueError(f"must not have a fragment (#...), which no server sees: {shown}")
     if parts.scheme == "file":
         return _file(text, shown, parts, "file:///srv/disk.raw")
     if not parts.hostname:
@@ -256,7 +260,7 @@ def _parts(value: object) -> tuple[str, str, SplitResult]:
         parts = urlsplit(text)
         parts.port  # noqa: B018  # raises for a port that is none
     except ValueError:  # whose text may repeat a password
-        raise ValueError(f"is not a URL, its host or its port cannot be one: {shown}") from None
+        raise ValueError("is not a URL: its host or its port cannot be one") from None
     return text, shown, parts
 
 

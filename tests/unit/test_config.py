@@ -211,7 +211,7 @@ def test_all_faults_at_once() -> None:
         "did you mean queue_depth?",
         "devices: unknown table or key (known here: base, cache, daemon, device, remote, store, volume); "
         "did you mean device?",
-        "remote: must be a table ([remote]), is 4 (an integer)",
+        "remote: must be a table ([remote]), is an integer",
     ]
 
 

@@ -59,10 +59,7 @@ def _keep(args: argparse.Namespace) -> NoReturn:
 
 def serve(loaded: Config, ready: Ready, *, debug: bool) -> int:
     """The daemon's exit code. ready is told that it serves, or why it does not."""
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    begin_log(debug=debug)
     os.chdir("/")  # no directory stays busy because a daemon was started in it
     try:
         from tierblk.service import main
@@ -74,6 +71,13 @@ def serve(loaded: Config, ready: Ready, *, debug: bool) -> int:
     except Exception as error:
         ready.failed(TierblkError(f"the daemon could not start: {error!r:.300}"))
         raise
+
+
+def begin_log(*, debug: bool) -> None:
+    """On stderr. debug is for what tierblk says itself: libraries then write requests and answers out, those
+    for credentials too."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("tierblk").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 def _log_to(path: str) -> None:
