@@ -29,6 +29,21 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class _NotHttp(logging.Filter):
+    """The server logs a request that is not HTTP with a traceback, and with what is in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            record.msg, record.args = "a client sent what is not HTTP: %s", (type(error).__name__,)
+            record.exc_info = record.exc_text = None
+        return True
+
+
+http_log = logging.getLogger("tierblk.control.http")
+"""For the server below. What an operation raises does not come here, see errors_as_json."""
+http_log.addFilter(_NotHttp())
+
+
 class Call(NamedTuple):
     """What a client asked for, checked. name: of the device, where the path has one; body: of the operation's
     model; query: its parameters, as text."""
@@ -81,7 +96,7 @@ async def _body(model: type[messages.Body], request: web.Request) -> messages.Bo
         return model.model_validate_json(data or b"{}")
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
-        known = f"it has {', '.join(model.model_fields) or 'no keys'}"
+        known = f"known here: {', '.join(sorted(model.model_fields)) or 'no key'}"
         raise BadRequest(f"the body of the request {'; '.join(map(_fault, faults))}", known) from None
 
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 from aiohttp import web
 
 from tierblk import config, messages, openapi
-from tierblk.calls import Call, Handler, checked, errors_as_json, peer
+from tierblk.calls import Call, Handler, checked, errors_as_json, http_log, peer
 from tierblk.claim import Wishes
 from tierblk.errors import ConfigError, DaemonError, TierblkError
 from tierblk.openapi import Operation
@@ -141,6 +141,7 @@ class ControlServer:
         runner = web.AppRunner(
             app,
             access_log=None,
+            logger=http_log,
             handle_signals=False,
             shutdown_timeout=_SHUTDOWN_S,
             handler_cancellation=True,

@@ -31,7 +31,7 @@ from tierblk.control import OPERATIONS, ControlServer
 from tierblk.core import ublk
 from tierblk.daemon import Daemon
 from tierblk.device import Device
-from tierblk.rundir import RUN_DIR_VARIABLE
+from tierblk.rundir import RUN_DIR_VARIABLE, socket_address
 
 IMAGE = random.Random(1).randbytes(1 << 20)
 LIMIT_S = 40.0
@@ -272,6 +272,22 @@ async def test_a_body_that_is_wrong_is_not_repeated(world: World, caplog: pytest
     ):
         status, text = await world.ask("POST", "/v1/devices", body)
         assert (status, SECRET in text) == (400, False)
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("line", [f"Authorization: \0{SECRET}", f"{SECRET}", f"X: {SECRET * 2000}"])
+async def test_what_is_not_http_is_not_logged(
+    world: World, caplog: pytest.LogCaptureFixture, line: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with socket_address(world.control.run_dir) as address:
+        reader, writer = await asyncio.open_unix_connection(address)
+    writer.write(f"GET /v1/devices HTTP/1.1\r\nHost: x\r\n{line}\r\n\r\n".encode())
+    assert (await asyncio.wait_for(reader.read(), 10)).split()[1] == b"400"
+    writer.close()
+    await writer.wait_closed()
+    (said,) = [record for record in caplog.records if record.name == "tierblk.control.http"]
+    assert said.getMessage().startswith("a client sent what is not HTTP: ")
     assert SECRET not in caplog.text
 
 
