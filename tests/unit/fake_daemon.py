@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tierblk import address
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.control import ControlServer, report_end
@@ -68,7 +69,7 @@ class FakeDaemon:
             "errors": 0,
             "state": "degraded" if name == "ill" else "ok",
             "reason": "the server\x1b[31m is away" if name == "ill" else None,
-            "url": config.url,
+            "url": address.shown(config.url),
             "config_path": str(config.path),
             "queues": 2,
             "queue_depth": config.device.queue_depth,
