@@ -215,6 +215,14 @@ def test_all_faults_at_once() -> None:
     ]
 
 
+def test_a_null_is_nothing() -> None:
+    """JSON, which comes over the control socket, has it; TOML has not."""
+    document = {"device": {"name": "a"}, "cache": {"dir": "/c", "size": "16MiB"}}
+    assert faults({**document, "base": None, "volume": None}) == ["base.url: is required"]
+    scratch = {"mode": "scratch", "size": "1MiB"}
+    assert config.parse({**document, "base": None, "volume": scratch}, Path("/x")).base is None
+
+
 def test_an_empty_document_names_all_that_is_required() -> None:
     assert faults({}) == [
         "base.url: is required",
@@ -259,6 +267,8 @@ def test_an_empty_document_names_all_that_is_required() -> None:
         ("cache", "size", True, "a size is a number of bytes"),
         ("cache", "size", "1PiB", "must be at most 128TiB, is 1PiB"),
         ("cache", "free_low_percent", float("nan"), "must be from 0.1 to 50 percent"),
+        ("cache", "free_low_percent", 10**400, "must be from 0.1 to 50 percent, is 1000"),
+        ("daemon", "group", "a b", 'must be the name of a group, is "a b"'),
         ("cache", "free_low_percent", "3%", "must be a number"),
         ("cache", "commit_interval", 5, "a duration is a number with a unit"),
         ("cache", "commit_interval", "1ms", "must be at least 100ms, is 1ms"),
