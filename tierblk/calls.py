@@ -26,6 +26,9 @@ from tierblk.openapi import Operation
 
 log = logging.getLogger(__name__)
 
+_FAULTS_SAID = 8
+"""Of a body; what is wrong with a config in it is all said."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -88,7 +91,12 @@ async def checked(operation: Operation, request: web.Request) -> Call:
 
 
 async def _body(model: type[messages.Body], request: web.Request) -> messages.Body:
-    data = await request.read()
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise BadRequest("the body of the request must not have a Content-Encoding", status=415)
+    try:
+        data = await request.read()
+    except (web.RequestPayloadError, ConnectionError):
+        raise BadRequest("the body of the request ends too early") from None
     if data and request.content_type != openapi.JSON:
         hint = f"send it with: Content-Type: {openapi.JSON}"
         raise BadRequest(f"the body of the request must be {openapi.JSON}", hint, 415)
@@ -96,8 +104,10 @@ async def _body(model: type[messages.Body], request: web.Request) -> messages.Bo
         return model.model_validate_json(data or b"{}")
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
+        said = [_fault(fault) for fault in faults[:_FAULTS_SAID]]
+        said += [f"and {more} more"] if (more := len(faults) - len(said)) else []
         known = f"known here: {', '.join(sorted(model.model_fields)) or 'no key'}"
-        raise BadRequest(f"the body of the request {'; '.join(map(_fault, faults))}", known) from None
+        raise BadRequest(f"the body of the request {'; '.join(said)}", known) from None
 
 
 def _fault(fault: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ _ERRORS = {
     404: "There is no device of this name.",
     409: "It conflicts with what the daemon or the device does: attached already, in use, fenced, stopping.",
     413: "The body is larger than any config.",
-    415: "The body is not application/json.",
+    415: "The body is not application/json, or has a Content-Encoding.",
     500: "The cache directory is full or damaged, or there is a bug, of which the log has the details.",
     502: "The object storage does not answer, or refuses.",
 }

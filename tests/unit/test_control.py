@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import stat
+import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,35 @@ async def test_a_body_must_say_that_it_is_json(server: control.ControlServer, he
     assert (status, error.hint) == (415, "send it with: Content-Type: application/json")
     assert isinstance(server.api, FakeDaemon)
     assert not server.api.stopping.is_set()
+
+
+async def test_a_body_may_not_be_packed(server: control.ControlServer) -> None:
+    for encoding, body in ((b"gzip", b"abcdef"), (b"foo", b"{}"), (b"deflate", zlib.compress(b"{}"))):
+        head = b"Content-Type: application/json\r\nContent-Encoding: %s\r\n" % encoding
+        status, error = await raw(server, b"POST /v1/stop", body, head)
+        assert (status, error.message) == (415, "the body of the request must not have a Content-Encoding")
+
+
+async def test_a_client_that_goes_in_the_middle_of_its_body(
+    server: control.ControlServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is no bug of the daemon."""
+    caplog.set_level(logging.INFO)
+    with connected(server.run_dir) as client:
+        client.sendall(b"POST /v1/stop HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: 10\r\n\r\n{")
+    async with asyncio.timeout(10):
+        while not caplog.messages:
+            await ask(server, "GET", "/v1/daemon")
+    assert caplog.messages == ["POST /v1/stop: the body of the request ends too early"]
+    assert isinstance(server.api, FakeDaemon)
+    assert not server.api.stopping.is_set()
+
+
+async def test_of_many_faults_of_a_body_some_are_said(server: control.ControlServer) -> None:
+    with pytest.raises(DaemonError, match=r'must not have "k7"; and 49992 more$') as caught:
+        await ask(server, "POST", "/v1/stop", {f"k{i}": 0 for i in range(50_000)})
+    assert caught.value.hint == "known here: if_idle"
 
 
 def connected(run_dir: Path) -> socket.socket:
