@@ -14,8 +14,10 @@ from pydantic import TypeAdapter
 from tests.conftest import ROOT
 from tests.tries import tried
 from tests.unit.fake_daemon import FakeDaemon
-from tierblk import config, control, messages, openapi
+from tests.unit.test_records import RECORD
+from tierblk import config, control, messages, openapi, records
 from tierblk.device import SHOWN_STATS
+from tierblk.latency import TIERS, Latencies
 
 KEPT = ROOT / "docs" / "openapi.json"
 
@@ -93,6 +95,18 @@ async def test_a_method_that_a_path_has_not(server: control.ControlServer) -> No
                     if method != "HEAD":
                         told = TypeAdapter(messages.ErrorAnswer).validate_json(await answer.read())
                         assert told.error.message == f"{method} {path}: method not allowed"
+
+
+def test_a_device_that_nobody_serves_is_described() -> None:
+    shown = records.waiting_device(RECORD, "failed", "its server is away")
+    assert TypeAdapter(messages.WaitingDevice).validate_python(shown).state == "failed"
+
+
+def test_latencies_are_described() -> None:
+    told = {tier: Latencies([0] * 40 + [3], 1e-6).to_dict() for tier in TIERS}
+    latency = TypeAdapter(messages.Latencies).validate_python(told).miss
+    assert latency is not None
+    assert (latency.requests, latency.p99_9_us) == (3, told["miss"]["p99.9_us"])
 
 
 async def test_it_is_served(server: control.ControlServer) -> None:
