@@ -148,7 +148,7 @@ class ControlServer:
         )
         try:
             self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._permit(self.run_dir, 0o700)  # whoever made it, and for whom
+            self._permit(self.run_dir, 0o700, 0o750)  # whoever made it, and for whom
             (self.run_dir / END_NAME).unlink(missing_ok=True)
             self._write_info()
             listener = self._bind()
@@ -195,19 +195,17 @@ class ControlServer:
             with socket_address(self.run_dir) as address:
                 listener.bind(address)
             # Nobody can connect before listen(), so there is no moment at which others could.
-            self._permit(self.socket_path, 0o600)
+            self._permit(self.socket_path, 0o600, 0o660)
         except BaseException:
             listener.close()
             raise
         return listener
 
-    def _permit(self, path: Path, alone: int, shared: int | None = None) -> None:
-        """Mode alone without a group; with one, shared, or what its owner may is its group's too. OSError."""
-        if self._gid is None:
-            path.chmod(alone)
-            return
-        os.chown(path, -1, self._gid)  # the group first: the old one gets nothing
-        path.chmod(_SHARED[alone] if shared is None else shared)
+    def _permit(self, path: Path, alone: int, shared: int) -> None:
+        """The mode with a group, and without. OSError."""
+        if self._gid is not None:
+            os.chown(path, -1, self._gid)  # the group first: the old one gets nothing
+        path.chmod(alone if self._gid is None else shared)
 
     @web.middleware
     async def _outlasts_its_client(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -320,9 +318,6 @@ class ControlServer:
             return {"stopping": False}
         self.api.request_stop()
         return {"stopping": True}
-
-
-_SHARED = {0o700: 0o750, 0o600: 0o660}
 
 
 def group_id(name: str | None) -> int | None:
