@@ -56,6 +56,13 @@ class Call(NamedTuple):
     body: Any
     query: Mapping[str, str]
 
+    def number(self, key: str, default: int, most: int) -> int:
+        """A parameter of the query, from 0 on. BadRequest."""
+        text = self.query.get(key, str(default))
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most):
+            raise BadRequest(f"{key} must be a number from 0 to {most}")
+        return int(text)
+
 
 class BadRequest(DaemonError):
     """Nothing was done. status: of HTTP."""

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_BYTES_MAX = 4 * config.FILE_BYTES_MAX
 CONTENT_BYTES_MAX = 8 << 20
+OFFSET_MAX = (1 << 63) - 1
 
 _SHUTDOWN_S = 0.5
 
@@ -209,8 +210,9 @@ class ControlServer:
 
     @web.middleware
     async def _outlasts_its_client(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """The server cancels what a client asked for that hung up. Right for an attach, whose client is gone
-        with Ctrl-C, or after its time-out; a detach that was begun must come to its end."""
+        """The server cancels what a client asked for that hung up. Right for a reading, and for an attach,
+        whose client is gone with Ctrl-C, or after its time-out; a detach that was begun must come to its end.
+        """
         if request.match_info.handler in self._abandoned:
             return await handler(request)
         running = asyncio.ensure_future(handler(request))
@@ -281,6 +283,25 @@ class ControlServer:
     async def _detach(self, call: Call) -> Any:
         warning = await self.api.detach(call.name, force=call.body.force)
         return {"detached": call.name, "warning": warning}
+
+    @_operation(
+        "GET",
+        "/v1/devices/{name}/content",
+        "The bytes that it shows somewhere; what is not cached is fetched",
+        None,
+        media="application/octet-stream",
+        errors=(409, 502),
+        query={
+            "offset": {"type": "integer", "minimum": 0, "maximum": OFFSET_MAX, "default": 0},
+            "length": {"type": "integer", "minimum": 0, "maximum": CONTENT_BYTES_MAX, "default": 4096},
+        },
+        abandoned=True,
+    )
+    async def _content(self, call: Call) -> Any:
+        offset_bytes = call.number("offset", 0, OFFSET_MAX)
+        length_bytes = call.number("length", 4096, CONTENT_BYTES_MAX)
+        content = await self.api.content(call.name, offset_bytes, length_bytes)
+        return web.Response(body=content, content_type="application/octet-stream")
 
     @_operation(
         "POST",

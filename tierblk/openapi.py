@@ -22,9 +22,9 @@ JSON = "application/json"
 
 _INTRODUCTION = """\
 HTTP/JSON over the Unix socket /run/tierblk/<uuid of the cache>/control.sock, which the daemon's user may
-open, and the group that `daemon.group` names. Who hangs up gives up an attach that runs; everything else goes
-on without its client. Keys that are not described are refused, in bodies and in queries. Later versions may
-answer with further keys, and only with further keys."""
+open, and the group that `daemon.group` names. Who hangs up gives up an attach or a reading; everything else
+goes on without its client. Keys that are not described are refused, in bodies and in queries. Later versions
+may answer with further keys, and only with further keys."""
 
 _PARAMETERS = {
     "name": {

@@ -71,7 +71,7 @@ class World:
             ClientSession(connector=UnixConnector(str(self.control.socket_path))) as session,
             session.request(method, f"http://x{path}", json=body) as answer,
         ):
-            return answer.status, await answer.text()
+            return answer.status, await answer.text(errors="replace")
 
     async def attach(self, document: object) -> tuple[int, str]:
         return await self.ask("POST", "/v1/devices", {"config_path": "/etc/x.toml", "config": document})
