@@ -372,6 +372,16 @@ class Layer:
         mask = check(lib.tb_layer_page_sums(self.handle, block, sums), "block")
         return mask, tuple(int(value) for value in sums)
 
+    def drop(self, block: int, pages: int = 0xFFFF) -> int | None:
+        """Those pages of a block that are cached, clean, and somebody else's too are not cached any more: how
+        many they were, or None when the block is in use at the moment. Their slots wait for a commit."""
+        count = int(lib.tb_layer_drop(self.handle, block, pages))
+        return None if count == -_EBUSY else check(count, f"block {block} of layer {self.layer_id}")
+
+    def pin(self, block: int, pinned: bool) -> None:
+        """Eviction passes it by, cached or not yet, as long as the engine runs. OSError ENOSPC."""
+        check(lib.tb_layer_pin(self.handle, block, pinned), f"block {block} of layer {self.layer_id}")
+
     def cached_pages(self) -> int:
         return int(lib.tb_layer_cached_pages(self.handle))
 
@@ -411,7 +421,7 @@ def _items(blocks: Sequence[Sealed]) -> Any:
     return ffi.from_buffer("tb_sealed[]", b"".join(_SEALED.pack(*block) for block in blocks))
 
 
-_EAGAIN, _EINVAL, _EBADMSG, _EILSEQ = 11, 22, 74, 84
+_EAGAIN, _EBUSY, _EINVAL, _EBADMSG, _EILSEQ = 11, 16, 22, 74, 84
 _KINDS: dict[str, int] = {
     "base": lib.TB_LAYER_BASE,
     "local": lib.TB_LAYER_LOCAL,

@@ -131,6 +131,8 @@ int tb_layer_put_back(tb_layer *layer, uint64_t row);
 int tb_layer_changed(tb_layer *layer);
 int tb_layer_peek_row(tb_layer *layer, uint64_t row, uint8_t *packed);
 int tb_layer_page_sums(tb_layer *layer, uint64_t block, uint32_t *sums);
+int tb_layer_drop(tb_layer *layer, uint64_t block, uint16_t pages);
+int tb_layer_pin(tb_layer *layer, uint64_t block, int pinned);
 uint64_t tb_layer_cached_pages(tb_layer *layer);
 uint64_t tb_layer_dirty_pages(tb_layer *layer);
 

@@ -43,6 +43,7 @@
 #define TB_ENTRY_MARKED 4u     /* the first request that touches it is to be told (READ_ON) */
 #define TB_ENTRY_SEALED 8u     /* its slot holds bytes of the sealed epoch: a write moves it first (R11) */
 #define TB_ENTRY_MOVING 16u    /* a write does so: all others wait */
+#define TB_ENTRY_PINNED 32u    /* never evicted */
 
 /* The half of an entry that must change as one: slot, masks, flags (R1). */
 typedef union {

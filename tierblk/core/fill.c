@@ -130,7 +130,7 @@ void tb_fill_end(tb_engine *e, tb_fill *fill, int result, uint16_t cached, uint1
         if (!head.slot)
             head.slot = fill->slot;
         if (fill->new_slot && !layer->is_volume) {
-            head.flags = (head.flags & TB_ENTRY_MARKED) | TB_ENTRY_PROBATION;
+            head.flags = (head.flags & (TB_ENTRY_MARKED | TB_ENTRY_PINNED)) | TB_ENTRY_PROBATION;
             entry->born = e->clock;
             TB_ADD(&e->probation, 1);
         }
