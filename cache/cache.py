@@ -15,14 +15,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tierblk import address
-from tierblk.cache import journal, start
+from tierblk.cache import journal, tend
 from tierblk.cache.commit import CommitReport, Committer, VolumeSource
 from tierblk.cache.directory import Directory, open_directory
 from tierblk.cache.index import Index, create_index, open_index
@@ -30,9 +30,10 @@ from tierblk.cache.invariants import LayerRows, SlotCounts, Violation, check
 from tierblk.cache.layers import LAYER_ID_MAX, LayerRecord
 from tierblk.cache.loading import Loaded, load, refuse_what_cannot_be_served
 from tierblk.cache.maps import Maps
+from tierblk.cache.opening import begin_session, replay_journal
 from tierblk.cache.resize import resize
-from tierblk.cache.start import StartMode
 from tierblk.cache.superblock import SLOT_BYTES
+from tierblk.cache.tend import Evicted
 from tierblk.config import CacheSettings
 from tierblk.core import Engine, Layer
 from tierblk.errors import CacheError
@@ -40,7 +41,6 @@ from tierblk.extent import PAGE_BYTES
 from tierblk.units import format_exact_size
 
 _COMMITS_AT_STOP_MAX = 10
-_REPLAY_ROWS = 16
 _CLEAR_MAP_PAGES = 64  # 8192 blocks at a time: below a millisecond
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Cache:
                 index = open_index(directory.index_path, directory.superblock.uuid, slot_count)
                 undo.callback(index.close)
                 refuse_what_cannot_be_served(index)
-                _replay(directory, index)
+                replay_journal(directory, index)
                 maps = Maps(run_dir, directory.superblock)
                 undo.callback(maps.close)
                 resize(directory, index, maps, settings.size)
@@ -117,11 +117,12 @@ class Cache:
                 )
                 undo.callback(engine.close)
                 loaded = load(engine, index, maps, directory.superblock)
-                journal_fd = _begin_session(directory, index, maps, loaded)
+                journal_fd = begin_session(directory, index, maps, loaded)
                 undo.callback(os.close, journal_fd)
                 session = directory.superblock.session
                 engine.open_journal(journal_fd, journal.RING_AT_BYTES, journal.RING_BYTES, session)
                 engine.finish_load()
+                tend.apply_all_pins(loaded.records, loaded.layers)
                 undo.pop_all()
         except OSError as error:
             raise CacheError(f"cannot open the cache in {settings.dir}: {error.strerror}") from None
@@ -148,7 +149,9 @@ class Cache:
             layer_id = record.layer_id if record else self._free_id()
             # Written for a known image too: which version of an address was used last is asked when it is
             # offline.
-            record = LayerRecord(layer_id, "base", url, size_bytes, validator, int(time.time()))
+            now = int(time.time())
+            pins = record.pins if record else ()
+            record = LayerRecord(layer_id, "base", url, size_bytes, validator, now, pins=pins)
             try:
                 await asyncio.to_thread(self._index.put_layer, record)
             except CacheError as error:
@@ -246,15 +249,46 @@ class Cache:
             await asyncio.to_thread(self._index.put_layer, record)
             self._records[record.layer_id] = record
 
+    async def pin(self, layer_id: int, first_block: int, end_block: int, *, pinned: bool) -> None:
+        """These blocks of a layer are never evicted from now on, also after a restart, or may be again.
+        CacheError, also when it would be more than a half of the cache. Cancelled, it ends first."""
+        await _to_the_end(self._pin(layer_id, first_block, end_block, pinned=pinned))
+
+    async def _pin(self, layer_id: int, first_block: int, end_block: int, *, pinned: bool) -> None:
+        async with self._opening:
+            record = tend.with_pins(self._records[layer_id], first_block, end_block, pinned=pinned)
+            tend.check_pins([*(self._records | {layer_id: record}).values()], self.engine)
+            await asyncio.to_thread(self._index.put_layer, record)
+            self._records[layer_id] = record
+            await tend.apply_pins(self._layers[layer_id], first_block, end_block, pinned=pinned)
+
+    async def evict(self, layer_id: int, first_block: int, end_block: int) -> Evicted:
+        """What can go of these blocks is gone, and its room free, when this returns. CacheError."""
+        gone = await tend.evict(self._layers[layer_id], first_block, end_block)
+        await self.commit()
+        return gone
+
+    @property
+    def records(self) -> list[LayerRecord]:
+        """Of all layers."""
+        return list(self._records.values())
+
     async def drop_volume(self, name: str) -> None:
         """Everything that a volume has is gone when this returns; doors to it are closed before. CacheError
         when the index does not take it: the next start finds what is left of it. Cancelled, it ends first.
         """
         await _to_the_end(self._drop_volume(name))
 
+    async def drop_base(self, layer_id: int) -> None:
+        """As drop_volume, of a base that no device shows."""
+        await _to_the_end(self._drop(lambda: self._records.get(layer_id)))
+
     async def _drop_volume(self, name: str) -> None:
+        await self._drop(lambda: self.volume(name))
+
+    async def _drop(self, find: Callable[[], LayerRecord | None]) -> None:
         async with self._opening:
-            record = self.volume(name)
+            record = find()
             if record is None:
                 return
             layer, block = self._layers[record.layer_id], 0
@@ -263,7 +297,7 @@ class Cache:
                     block = next_block
                     await asyncio.sleep(0)
             except OSError as error:
-                raise CacheError(f"the volume {name} cannot be dropped: {error.strerror}") from None
+                raise CacheError(f"{record.shown} cannot be dropped: {error.strerror}") from None
             self.set_volume_source(record.layer_id, None)
             await self.commit()  # also of rows that a running cycle has taken
             while layer.changed():
@@ -427,58 +461,3 @@ def _refuse_another(known: LayerRecord, wanted: LayerRecord) -> None:
             f"{what} it lies over {known.shown_base}, or another version of it",
             "what was written means nothing without what is below it: choose another device.name",
         )
-
-
-def _replay(directory: Directory, index: Index) -> None:
-    """What FLUSHes made durable since the last commit goes into the index, before anybody believes that.
-
-    After a kill too: a slot that only the journal names is then one that the index names (R8).
-    """
-    replay = journal.read(directory.journal_path, index, directory.superblock)
-    if replay is not None:
-        _write_replay(index, replay)
-        _log.info("%s: %d records of the journal are taken", directory.path, replay.count)
-
-
-def _write_replay(index: Index, replay: journal.Replay) -> None:
-    try:
-        index.write_rows(replay.as_copies(), replay.seq)
-    except CacheError:
-        if index.broken:
-            raise
-        # In pieces, which a full disk still has room for. After each the index is right: all of the records
-        # are taken again, until it says that it has them.
-        for batch in replay.in_batches(_REPLAY_ROWS):
-            index.write_rows(batch)
-        index.write_rows({}, replay.seq)
-
-
-def _begin_session(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> int:
-    """The five steps of start.py. Everything is loaded, and no slot has been written yet. Returns the open
-    journal."""
-    next_one = start.begun(directory.superblock)
-    journal.prepare(directory.journal_path, next_one.uuid, next_one.session)
-    directory.write_superblock(next_one)
-    session = directory.superblock.session
-    journal_fd = journal.begin(directory.journal_path, directory.superblock.uuid, session)
-    try:
-        _begin_index_and_maps(directory, index, maps, loaded)
-    except BaseException:
-        os.close(journal_fd)
-        raise
-    return journal_fd
-
-
-def _begin_index_and_maps(directory: Directory, index: Index, maps: Maps, loaded: Loaded) -> None:
-    session = directory.superblock.session
-    index.begin_session(
-        session,
-        discard=loaded.mode is StartMode.DISCARDED,
-        forget_layers=loaded.forgotten,
-        drop_rows=loaded.dropped_rows,
-        put_layers=loaded.damaged,
-    )
-    for layer_id in loaded.layers:
-        maps.stamp(layer_id, session)
-    maps.remove_others()
-    directory.write_superblock(start.confirmed(directory.superblock))

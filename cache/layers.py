@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from tierblk import address
@@ -18,7 +19,8 @@ class LayerRecord:
     A base's identity is url, size and validator: another image is another layer. A volume, kind "local",
     "scratch" or "write-back", goes by its name; url, base_size_bytes and validator are those of the base that
     it lies over, empty without one. damaged: why a write-back volume must not be shown, although object
-    storage has older bytes of it; empty: it may be.
+    storage has older bytes of it; empty: it may be. pins: (first block, block behind the last) of what is
+    never evicted, ascending, none touching another.
     """
 
     layer_id: int
@@ -30,6 +32,7 @@ class LayerRecord:
     name: str = ""
     base_size_bytes: int = 0
     damaged: str = ""
+    pins: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_volume(self) -> bool:
@@ -86,14 +89,19 @@ def encode_layer(record: LayerRecord) -> bytes:
     """Its JSON. Fields that older versions do not know are only there when they say something."""
     fields = asdict(record)
     del fields["layer_id"]
-    if not record.damaged:
-        del fields["damaged"]
+    for name in ("damaged", "pins"):
+        if not fields[name]:
+            del fields[name]
     return json.dumps(fields).encode()
 
 
 def decode_layer(layer_id: int, encoded: bytes) -> LayerRecord:
     """The record of a layer. ValueError or TypeError: it is none."""
-    record = LayerRecord(layer_id, **json.loads(encoded))
+    fields = json.loads(encoded)
+    if not isinstance(fields, dict):
+        raise ValueError("it is no object")
+    fields["pins"] = _pins(fields.get("pins", ()))
+    record = LayerRecord(layer_id, **fields)
     for name, kind in (
         ("kind", str),
         ("url", str),
@@ -109,3 +117,13 @@ def decode_layer(layer_id: int, encoded: bytes) -> LayerRecord:
     if not 0 < layer_id <= LAYER_ID_MAX or record.size_bytes <= 0:
         raise ValueError("a number is out of range")
     return record
+
+
+def _pins(value: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    found, behind = [], -1
+    for first, end in value:
+        if type(first) is not int or type(end) is not int or not behind < first < end:
+            raise ValueError("its pins are no ranges of blocks")
+        found.append((first, end))
+        behind = end
+    return tuple(found)

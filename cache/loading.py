@@ -141,7 +141,8 @@ def _load_rows(
     """
     rows = index.rows(record.layer_id)
     first = next(rows, None)
-    if first is None and not record.damaged and index.volume_state(record.layer_id) is None:
+    is_nothing = first is None and not record.damaged and not record.pins
+    if is_nothing and index.volume_state(record.layer_id) is None:
         loaded.forgotten.append(record.layer_id)
         return
     map_fd = maps.create(record.layer_id, record.size_bytes)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from tierblk.cli import cache_export, cache_verify
+from tierblk.cli import (
+    cache_evict,
+    cache_export,
+    cache_gc,
+    cache_pin,
+    cache_resize,
+    cache_verify,
+)
 
 NAME = "cache"
 HELP = "look into a cache directory"
-VERBS = (cache_verify, cache_export)
+VERBS = (cache_verify, cache_export, cache_evict, cache_pin, cache_resize, cache_gc)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -278,7 +278,7 @@ static bool fills_run(const tb_layer *layer)
     return false;
 }
 
-/* Takes everything from a volume that nobody shows any more, `pages` map pages from *block on, which it moves on. 0: all is gone; 1: call
+/* Takes everything from a layer that nobody shows any more, `pages` map pages from *block on, which it moves on. 0: all is gone; 1: call
  * again; -EBUSY: a door uses it, or a fill runs. The slots wait for the commit that deletes the rows (I4). Event loop. */
 int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
 {
@@ -291,6 +291,8 @@ int tb_layer_clear(tb_layer *layer, uint64_t *block, int pages)
             tb_lock *stripe = tb_stripe(layer, *block);
             tb_lock_take(stripe);
             tb_head head = entry->head;
+            if (head.flags & TB_ENTRY_PROBATION)
+                TB_ADD(&layer->engine->probation, -1u);
             tb_entry_change(layer, entry, (tb_head){.slot = 0});
             if (tb_head_persistent(head))
                 tb_map_mark(layer, *block);
