@@ -46,6 +46,8 @@ from tierblk.errors import CacheError
 from tierblk.units import format_size
 
 DATA_FILE = "data.mdb"
+HEAD_KEY = b"h"
+"""Of the extents of a volume, the one that says which they are of (docs/formats.md)."""
 
 _U8, _U32, _U64 = struct.Struct("<B"), struct.Struct("<I"), struct.Struct("<Q")
 _ID = struct.Struct(">I")
@@ -376,6 +378,14 @@ class Index:
                 return None
             with self._env.begin(db=self._volumes_db) as txn:
                 return txn.get(_ID.pack(layer_id))
+
+    def extent(self, layer_id: int, key: bytes) -> bytes | None:
+        """One of the extents of a volume, if it has it. From any thread."""
+        with self._reading, self._translated("read"):
+            if self._extents_db is None:
+                return None
+            with self._env.begin(db=self._extents_db) as txn:
+                return txn.get(_ID.pack(layer_id) + key)
 
     def extents(self, layer_id: int) -> list[tuple[bytes, bytes]]:
         """(key, value) of all extents of a volume by key, as of one transaction. From any thread; commits

@@ -32,6 +32,8 @@ MAGIC = b"TBMAP\0\0\0"
 ENTRY_BYTES = 32
 _ENTRY = struct.Struct("<IHHHH")  # of the core's entry: slot, present, cached, zero, dirty
 _SLOT = struct.Struct("<I28x")
+_MARKS = struct.Struct("<14xH16x")
+REFERENCED, PROBATION, SEALED = 1, 2, 8  # of the core's flags (core.h), what may be shown of them
 _READ_BYTES = 1 << 20
 
 _FIELDS = struct.Struct("<8sII16s16sQQ")
@@ -89,6 +91,11 @@ def data_extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, i
         if start < stop:
             yield start, stop
         start = stop
+
+
+def marks_in(packed: bytes) -> list[int]:
+    """The core's flags of each of neighbouring entries. They mean nothing to another session."""
+    return [marks for (marks,) in _MARKS.iter_unpack(packed)]
 
 
 def boot_id() -> UUID:

@@ -21,13 +21,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from tierblk.cache import journal
 from tierblk.cache import superblock as superblocks
 from tierblk.cache.directory import INDEX, JOURNAL, SLOTS, SUMS, SUMS_BYTES_PER_SLOT
-from tierblk.cache.index import Index, Meta, open_index
+from tierblk.cache.index import HEAD_KEY, Index, Meta, open_index
 from tierblk.cache.layers import LayerRecord
-from tierblk.cache.maps import ENTRY_BYTES, data_extents, find_map
+from tierblk.cache.loading import refuse_what_cannot_be_served
+from tierblk.cache.maps import ENTRY_BYTES, data_extents, find_map, marks_in
 from tierblk.cache.rows import ROW_ENTRY_BYTES, Entry, entries_in, pack_entries, unpack_row
 from tierblk.cache.start import is_current
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
@@ -64,6 +66,17 @@ class Piece:
         """Of each block, also where nothing is known."""
         return entries_in(self.packed, self.entry_bytes)
 
+    def marks(self) -> list[int]:
+        """Of each block what the core notes beside its masks (REFERENCED, PROBATION); only maps have it."""
+        return marks_in(self.packed) if self.entry_bytes == ENTRY_BYTES else [0] * self.blocks
+
+
+class Fault(NamedTuple):
+    """What is wrong with a directory as a whole; invariant: its number in DESIGN."""
+
+    invariant: str
+    text: str
+
 
 class LayerView:
     """The block map of one layer. Methods block; OSError is CacheError here."""
@@ -79,11 +92,17 @@ class LayerView:
         adds to the index; None: the last session ended in order."""
         self.record = record
         self.blocks = block_count(record.size_bytes)
-        self.bad_rows: set[int] = set()
-        """Rows that cannot be believed, as far as `pieces` came: what a volume had there is lost (R9)."""
+        self.row_faults: dict[int, str] = {}
+        """What is wrong with rows that cannot be believed, as far as `pieces` came: what a volume had there is
+        lost (R9)."""
         self._map_fd = map_fd
         self._index = index
         self._replayed = replayed
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """The numbers of these rows."""
+        return list(self.row_faults)
 
     @property
     def has_map(self) -> bool:
@@ -137,8 +156,8 @@ class LayerView:
             blocks = min(ENTRIES_PER_ROW, self.blocks - block)
             try:
                 entries = unpack_row(packed)
-            except ValueError:
-                self.bad_rows.add(row)
+            except ValueError as error:
+                self.row_faults[row] = str(error)
                 if not self.record.is_volume:
                     continue  # it is fetched again
                 lost = [Entry(present=valid_pages(block + i, self.record.size_bytes)) for i in range(blocks)]
@@ -183,6 +202,8 @@ class View:
         """How many of the two cannot be read."""
         self.state = state
         self.meta = meta
+        self.faults: list[Fault] = files.faults
+        """What a lenient look has passed over."""
         self.records: list[LayerRecord] = files.records
         self._files = files
 
@@ -199,6 +220,11 @@ class View:
         """See Index.volume_state; as of now."""
         with self._files.reading() as index:
             return index.volume_state(record.layer_id)
+
+    def volume_head(self, record: LayerRecord) -> bytes | None:
+        """What is kept of the head of a volume's extent map; as of now."""
+        with self._files.reading() as index:
+            return index.extent(record.layer_id, HEAD_KEY)
 
     def volume_extents(self, record: LayerRecord) -> list[tuple[bytes, bytes]]:
         """See Index.extents; as of now."""
@@ -219,13 +245,18 @@ class View:
 
     def sums(self, slot: int) -> tuple[int, ...]:
         """The kept crc32c of each page of a slot; of clean ones only, and only they count (R9)."""
+        return tuple(memoryview(self.packed_sums(slot)).cast("I"))
+
+    def packed_sums(self, slot: int, slots: int = 1) -> bytes:
+        """The same of neighbouring slots, 64 bytes each."""
+        length = slots * SUMS_BYTES_PER_SLOT
         try:
-            packed = os.pread(self._files.sums_fd, SUMS_BYTES_PER_SLOT, slot * SUMS_BYTES_PER_SLOT)
+            packed = os.pread(self._files.sums_fd, length, slot * SUMS_BYTES_PER_SLOT)
         except OSError as error:
             raise CacheError(f"{self.path / SUMS} cannot be read: {error.strerror}") from None
-        if len(packed) != SUMS_BYTES_PER_SLOT:
-            raise CacheError(f"{self.path / SUMS} ends before slot {slot}")
-        return tuple(memoryview(packed).cast("I"))
+        if len(packed) != length:
+            raise CacheError(f"{self.path / SUMS} ends before slot {slot + slots - 1}")
+        return packed
 
 
 class _Files:
@@ -238,6 +269,7 @@ class _Files:
         self.records: list[LayerRecord] = []
         self.maps: dict[int, int] = {}
         self.replayed: dict[int, dict[int, bytes]] = {}
+        self.faults: list[Fault] = []
         self._path = path
         self._superblock = superblock
 
@@ -257,29 +289,31 @@ class _Files:
 
 
 @contextmanager
-def look(path: Path, run_root: Path) -> Iterator[View]:
-    """A cache directory as it is. run_root: where daemons have their run directories.
+def look(path: Path, run_root: Path, *, lenient: bool = False) -> Iterator[View]:
+    """A cache directory as it is. run_root: where daemons have their run directories. lenient: go on where an
+    opening would not, with files that are too short or a journal that is damaged, and note it.
 
     CacheError when it cannot be looked into: it is none, it is damaged beyond reading, a newer version made
     it, or a daemon begins or ends at this moment. Nothing is changed, whatever comes of it."""
     with ExitStack() as undo:
         try:
-            view = _open(path, run_root, undo)
+            view = _open(path, run_root, undo, lenient=lenient)
         except OSError as error:
             raise _unreadable(path, error) from None
         yield view
 
 
 def _unreadable(path: Path, error: OSError) -> CacheError:
-    if not path.is_dir():
+    if not os.path.isdir(path) and not isinstance(error, PermissionError):
         return CacheError(f"there is no cache directory {path}")
     if isinstance(error, FileNotFoundError) and not os.path.lexists(path / SLOTS):
         return CacheError(f"{path} is no cache directory: it has no {SLOTS}")
     where = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
-    return CacheError(f"cannot look into the cache directory {path}: {error.strerror}{where}")
+    hint = "run the command as root, or as who owns it" if isinstance(error, PermissionError) else None
+    return CacheError(f"cannot look into the cache directory {path}: {error.strerror}{where}", hint)
 
 
-def _open(path: Path, run_root: Path, undo: ExitStack) -> View:
+def _open(path: Path, run_root: Path, undo: ExitStack, *, lenient: bool) -> View:
     slots_fd = os.open(path / SLOTS, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     undo.callback(os.close, slots_fd)
     served = not _lock(slots_fd)
@@ -287,10 +321,12 @@ def _open(path: Path, run_root: Path, undo: ExitStack) -> View:
     sums_fd = os.open(path / SUMS, os.O_RDONLY | os.O_CLOEXEC)
     undo.callback(os.close, sums_fd)
     files = _Files(path, superblock, slots_fd, sums_fd)
+    _check_lengths(path, superblock, files, lenient=lenient)
     if not served:
         files.index = open_index(path / INDEX, superblock.uuid, superblock.slot_count, read_only=True)
         undo.callback(files.index.close)
     with files.reading() as index:
+        refuse_what_cannot_be_served(index)
         meta, files.records = index.meta(), index.layers()
     maps = run_root / str(superblock.uuid) / "maps"
     if served or (is_current(meta.session, superblock) and not meta.clean):
@@ -302,7 +338,13 @@ def _open(path: Path, run_root: Path, undo: ExitStack) -> View:
     state = _state(path, superblock, meta, files, served=served)
     if state is State.CUT:
         assert files.index is not None
-        replay = journal.read(path / JOURNAL, files.index, superblock)
+        try:
+            replay = journal.read(path / JOURNAL, files.index, superblock)
+        except CacheError as error:
+            if not lenient:
+                raise
+            files.faults.append(Fault("R7", error.message))
+            replay = None
         files.replayed = replay.rows if replay else {}
     return View(path, superblock, bad, state, meta, files)
 
@@ -320,6 +362,22 @@ def _state(path: Path, superblock: Superblock, meta: Meta, files: _Files, *, ser
     if meta.clean:
         return State.ENDED
     return State.KILLED if len(files.maps) == len(files.records) else State.CUT
+
+
+def _check_lengths(path: Path, superblock: Superblock, files: _Files, *, lenient: bool) -> None:
+    for name, fd, slot_bytes in (
+        (SLOTS, files.slots_fd, SLOT_BYTES),
+        (SUMS, files.sums_fd, SUMS_BYTES_PER_SLOT),
+    ):
+        size, wanted = os.fstat(fd).st_size, superblock.slot_count * slot_bytes
+        if size >= wanted:
+            continue
+        if not lenient:
+            raise CacheError(
+                f"{path / name} is damaged: it has {size} bytes, its superblock says {wanted}",
+                f"`tierblk cache verify {path}` says what is left",
+            )
+        files.faults.append(Fault("I5", f"{name} has {size} bytes, and the superblock says {wanted}"))
 
 
 def _lock(slots_fd: int) -> bool:

@@ -159,7 +159,7 @@ class DeviceReader:
     def _is_lost(self, block: int) -> bool:
         """Whether what the store has of it may be older than what was acknowledged (R9)."""
         layer = self._volume.layer if self._volume else None
-        return layer is not None and block // ENTRIES_PER_ROW in layer.bad_rows
+        return layer is not None and block // ENTRIES_PER_ROW in layer.row_faults
 
     def _read_slot(self, entry: Entry, pages: int, target: memoryview, wants: _BlockWants) -> int:
         """Pages of a slot to their places; those that are good. CacheError: the SSD cannot be read, where

@@ -166,9 +166,9 @@ def test_a_row_that_cannot_be_believed_is_lost_to_a_volume(host: Host) -> None:
     with look(host.directory, host.run_dir) as view:
         layers = {record.kind: view.layer(record) for record in view.records}
         assert min(block for block, _ in layers["base"].entries()) == 299
-        assert layers["base"].bad_rows == {0}
+        assert layers["base"].row_faults.keys() == {0}
         lost = dict(layers["local"].entries(128, 192))
-        assert layers["local"].bad_rows == {2}
+        assert layers["local"].row_faults.keys() == {2}
         assert set(lost) == set(range(128, 192))
         assert {tuple(entry) for entry in lost.values()} == {(0, 0xFFFF, 0, 0, 0)}
 

@@ -66,6 +66,15 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     return int(lib.tb_crc32c(ffi.from_buffer(data), len(data), crc))
 
 
+def page_sums(block: memoryview, pages: int) -> bytes:
+    """The crc32c, u32 each, of the pages of a block in memory that the mask names; zeros in the places of the
+    others. From any thread."""
+    assert block.nbytes == BLOCK_BYTES
+    sums = bytearray(PAGES_PER_BLOCK * 4)
+    lib.tb_crc32c_pages(ffi.from_buffer("uint8_t[]", block), pages, ffi.from_buffer("uint32_t[]", sums))
+    return bytes(sums)
+
+
 def map_bytes(size_bytes: int) -> int:
     """Length of the map file of a layer of `size_bytes`: a header page, then 32 bytes a block, in whole
     pages."""

@@ -21,9 +21,6 @@ int tb_thread_start(pthread_t *thread, void *(*main)(void *), void *argument);
 void tb_thread_nice(int nice);
 void tb_thread_settle(const char *name, const uint8_t *cpus, size_t cpus_bytes);
 
-/* crc32c.c */
-void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums);
-
 /* rows.c */
 uint64_t *tb_bits_new(uint64_t bits, size_t *bytes);
 int tb_rows_new(tb_rows *set, uint64_t rows);

@@ -82,6 +82,7 @@ typedef struct tb_queue tb_queue;
 typedef struct tb_req tb_req;
 
 uint32_t tb_crc32c(const void *data, size_t length, uint32_t crc);
+void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums);
 
 /* The engine: slots, staging, the filler thread. slots_fd and sums_fd stay the caller's to close, after tb_engine_free. */
 int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t staging_bytes, uint32_t dio_align, tb_engine **out);

@@ -72,7 +72,8 @@ uint32_t tb_crc32c(const void *data, size_t length, uint32_t crc)
     return ~by_table(data, length, crc);
 }
 
-/* The checksums of the pages of a block that `pages` names, each by itself, into their places in sums[16]. */
+/* The checksums of the pages of a block that `pages` names, each by itself, into their places in sums[16].
+ * Any thread. */
 void tb_crc32c_pages(const uint8_t *block, uint16_t pages, uint32_t *sums)
 {
     for (unsigned page = 0; page < TB_BLOCK_PAGES; page++) {
