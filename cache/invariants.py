@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tierblk.cache.rows import NO_ENTRY, Entry, entries_of, unpack_row
 from tierblk.cache.superblock import Superblock
@@ -45,6 +45,17 @@ class LayerRows:
     rows: Mapping[int, bytes]
 
 
+class Shape(Protocol):
+    """Of a layer what its entries are judged by."""
+
+    @property
+    def layer_id(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
 class SlotCounts(NamedTuple):
     """Slots that no block has, as the engine counts them while no fill runs."""
 
@@ -60,7 +71,7 @@ def check(layers: Iterable[LayerRows], slot_count: int, counts: SlotCounts | Non
     owners: dict[int, tuple[int, int]] = {}
     for layer in layers:
         for block, entry in _entries(layer, violations):
-            violations += _check_masks(layer, block, entry)
+            violations += check_masks(layer, block, entry)
             violations += _check_slot(layer, block, entry, slot_count, owners)
     if counts is not None and len(owners) + sum(counts) != slot_count - 1:
         violations.append(
@@ -194,7 +205,9 @@ def _entries(layer: LayerRows, violations: list[Violation]) -> Iterator[tuple[in
                 yield block, entry
 
 
-def _check_masks(layer: LayerRows, block: int, entry: Entry) -> Iterator[Violation]:
+def check_masks(layer: Shape, block: int, entry: Entry) -> Iterator[Violation]:
+    """What one entry shows by itself."""
+
     def violation(invariant: str, text: str) -> Violation:
         return Violation(invariant, layer.layer_id, block, text)
 

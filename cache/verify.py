@@ -1,159 +1,204 @@
-"""A cache directory that nobody serves, looked through: every runnable invariant over its index, its
-superblock and its bytes. Changes nothing: the directory is locked, and all of it opened for reading.
+"""A cache directory looked through, beside a daemon too: every invariant that its files can show, and every
+clean page against its sum. Changes nothing.
+
+Only what was filled or uploaded has a sum. Of a dirty page nobody but its slot knows what it should be: it is
+counted, and what its masks and its slot's owner say is checked.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tierblk.cache import journal
-from tierblk.cache import superblock as superblocks
-from tierblk.cache.directory import INDEX, JOURNAL, SLOTS, SUMS, SUMS_BYTES_PER_SLOT
-from tierblk.cache.index import Index, open_index
-from tierblk.cache.invariants import LayerRows, Violation, check, check_bytes, check_session
+from tierblk.cache.invariants import Violation, check_masks, check_session
 from tierblk.cache.layers import LayerRecord
-from tierblk.cache.rows import Entry, entries_of, unpack_row
-from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
-from tierblk.core import PAGE_BYTES
-from tierblk.errors import CacheError
+from tierblk.cache.pagecheck import Bad, PageCheck, Place, clean_pages
+from tierblk.cache.rows import Entry
+from tierblk.cache.superblock import Superblock
+from tierblk.cache.view import LayerView, State, View, look
+from tierblk.core import ENTRIES_PER_ROW, PAGE_BYTES, PAGES_PER_BLOCK
 
 Progress = Callable[[int, int], None]
 """Is told (slots looked at, slots to look at)."""
 
+KEPT_MAX = 100_000
+_LOOKS = 3
 
-@dataclass(frozen=True)
+
+@dataclass
 class LayerFound:
-    """A layer of the index, and how many bytes of it are here, and of those how many nobody else has."""
+    """A layer, how many bytes of it are here, and of those how many nobody else has. unchecked_blocks: that
+    have dirty pages in their slot, which have no sum. bad: what does not fit its sum."""
 
     record: LayerRecord
-    cached_bytes: int
-    dirty_bytes: int
+    cached_bytes: int = 0
+    dirty_bytes: int = 0
+    zero_bytes: int = 0
+    unchecked_blocks: int = 0
+    bad: list[Bad] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
     """What a look at a directory brought. clean: the last daemon ended in order. bad_superblocks: of its two
-    copies how many cannot be read."""
+    copies how many cannot be read. violations: the first KEPT_MAX, left_off: how many more. unsettled_blocks:
+    changed too fast, beside a daemon, to be judged. complete: it was not interrupted."""
 
     superblock: Superblock
+    state: State
     clean: bool
     bad_superblocks: int
     layers: list[LayerFound]
-    violations: list[Violation]
+    violations: list[Violation] = field(default_factory=list)
+    left_off: int = 0
+    checked_slots: int = 0
+    unsettled_blocks: int = 0
+    complete: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong, as far as it came."""
+        return not self.violations
+
+    def add(self, violation: Violation) -> None:
+        """One more."""
+        if len(self.violations) < KEPT_MAX:
+            self.violations.append(violation)
+        else:
+            self.left_off += 1
 
 
-def verify(path: Path, progress: Progress = lambda done, total: None) -> Found:
-    """Looks through a cache directory. Blocks as long as it takes to read what is cached. CacheError when it
-    cannot be looked into: it is none, is served, is damaged beyond reading, or was made by a newer version.
+def verify(path: Path, run_root: Path, progress: Progress = lambda done, total: None) -> Found:
+    """Looks through a cache directory. Blocks as long as it takes to read what is cached; a KeyboardInterrupt
+    ends it with what was found so far. CacheError when it cannot be looked into: it is none, is damaged
+    beyond reading, or was made by a newer version.
     """
-    try:
-        with _locked(path / SLOTS) as slots_fd:
-            return _look(path, slots_fd, progress)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise CacheError(f"cannot look into the cache directory {path}: {error.strerror}{where}") from None
-
-
-@contextmanager
-def _locked(slots: Path) -> Iterator[int]:
-    slots_fd = os.open(slots, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(slots_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield slots_fd
-    except BlockingIOError:
-        raise CacheError(
-            f"a daemon serves the cache directory {slots.parent}",
-            f"`tierblk stop --cache-dir {slots.parent}`",
-        ) from None
-    finally:
-        os.close(slots_fd)
-
-
-def _look(path: Path, slots_fd: int, progress: Progress) -> Found:
-    copies = [os.pread(slots_fd, COPY_BYTES, at * COPY_BYTES) for at in range(COPIES)]
-    superblock, bad = superblocks.choose(copies, str(path / SLOTS))
-    index = open_index(path / INDEX, superblock.uuid, superblock.slot_count, read_only=True)
-    try:
-        meta, records = index.meta(), index.layers()
-        replay, violations = _journaled(path, index, superblock)
-        rows = [_rows(index, record, replay) for record in records]
-    finally:
-        index.close()
-    violations += check_session(superblock, meta.session, meta.clean, running=False)
-    violations += _check_lengths(path, superblock)
-    violations += check(rows, superblock.slot_count)
-    # After an end out of order clean pages of volumes are dropped: one may have been written in place since.
-    believed = [
-        layer for record, layer in zip(records, rows, strict=True) if meta.clean or not record.is_volume
-    ]
-    total = sum(1 for layer in believed for entry in _entries(layer) if entry.cached & ~entry.dirty)
-    done = 0
-
-    def read(offset_bytes: int, length_bytes: int) -> bytes:
-        nonlocal done
-        done += 1
-        progress(done, total)
-        return os.pread(slots_fd, length_bytes, offset_bytes)
-
-    violations += check_bytes(believed, read, (path / SUMS).read_bytes())
-    return Found(
-        superblock,
-        meta.clean,
-        bad,
-        [_found(record, layer) for record, layer in zip(records, rows, strict=True)],
-        # What a row says wrong is found by every check that reads it.
-        list(dict.fromkeys(violations)),
-    )
-
-
-def _journaled(
-    path: Path, index: Index, superblock: Superblock
-) -> tuple[journal.Replay | None, list[Violation]]:
-    try:
-        return journal.read(path / JOURNAL, index, superblock), []
-    except CacheError as error:
-        return None, [Violation("R7", None, None, str(error))]
-
-
-def _rows(index: Index, record: LayerRecord, replay: journal.Replay | None) -> LayerRows:
-    """A layer as an opening would find it."""
-    rows = dict(index.rows(record.layer_id))
-    rows |= replay.rows.get(record.layer_id, {}) if replay else {}
-    return LayerRows(
-        record.layer_id,
-        record.kind,
-        record.size_bytes,
-        {row: packed for row, packed in rows.items() if packed},
-    )
-
-
-def _check_lengths(path: Path, superblock: Superblock) -> list[Violation]:
-    found = []
-    for name, slot_bytes in ((SLOTS, SLOT_BYTES), (SUMS, SUMS_BYTES_PER_SLOT)):
-        size, wanted = (path / name).stat().st_size, superblock.slot_count * slot_bytes
-        if size < wanted:
-            text = f"{name} has {size} bytes, and the superblock says {wanted}"
-            found.append(Violation("I5", None, None, text))
-    return found
-
-
-def _entries(layer: LayerRows) -> Iterator[Entry]:
-    for packed in layer.rows.values():
+    with look(path, run_root, lenient=True) as view:
+        layers = [view.layer(record) for record in view.records]
+        found = Found(
+            view.superblock,
+            view.state,
+            view.meta.clean,
+            view.bad_superblocks,
+            [LayerFound(record) for record in view.records],
+        )
+        for fault in view.faults:
+            found.add(Violation(fault.invariant, None, None, fault.text))
+        for violation in check_session(view.superblock, view.meta.session, view.meta.clean, running=False):
+            found.add(violation)
         try:
-            unpack_row(packed)
-        except ValueError:
-            continue
-        yield from entries_of(packed)
+            slots = _Structure(view, layers, found).check()
+            _check_pages(view, layers, found, slots, progress)
+        except KeyboardInterrupt:
+            found.complete = False
+        return found
 
 
-def _found(record: LayerRecord, layer: LayerRows) -> LayerFound:
-    cached = dirty = 0
-    for entry in _entries(layer):
-        cached += entry.cached.bit_count()
-        dirty += (entry.cached & entry.dirty).bit_count()
-    return LayerFound(record, cached * PAGE_BYTES, dirty * PAGE_BYTES)
+class _Structure:
+    """What entries show: rows are whole (R9), masks agree (R2, I3), slots have one owner (I4)."""
+
+    def __init__(self, view: View, layers: list[LayerView], found: Found) -> None:
+        self._slot_count = view.superblock.slot_count
+        self._live = view.state is State.SERVED
+        self._layers = layers
+        self._found = found
+        self._owned = bytearray(self._slot_count // 8 + 1)  # a bit a slot
+        self._twice: set[int] = set()
+
+    def check(self) -> int:
+        """How many slots have clean pages."""
+        slots = 0
+        for layer, counts in zip(self._layers, self._found.layers, strict=True):
+            for block, entry in layer.entries():
+                slots += clean_pages(entry) != 0
+                _count(counts, entry)
+                self._check_entry(layer, block, entry)
+            for row, text in layer.row_faults.items():
+                self._found.add(Violation("R9", layer.record.layer_id, row * ENTRIES_PER_ROW, text))
+        if self._twice:
+            self._find_owners()
+        return slots
+
+    def _check_entry(self, layer: LayerView, block: int, entry: Entry) -> None:
+        wrong = list(check_masks(layer.record, block, entry))
+        slot = entry.slot
+        if slot >= self._slot_count:
+            text = f"slot {slot} does not exist: there are {self._slot_count}"
+            wrong.append(Violation("I4", layer.record.layer_id, block, text))
+        elif slot:
+            bit = 1 << slot % 8
+            if self._owned[slot // 8] & bit and len(self._twice) < KEPT_MAX:
+                self._twice.add(slot)
+            self._owned[slot // 8] |= bit
+        if wrong and self._is_still(layer, block, entry):
+            for violation in wrong:
+                self._found.add(violation)
+
+    def _is_still(self, layer: LayerView, block: int, entry: Entry) -> bool:
+        """An entry is changed by one store, so what it says now it says at an instant; one more look costs
+        nothing."""
+        return not self._live or layer.entry(block) == entry
+
+    def _find_owners(self) -> None:
+        """Beside a daemon most of these slots have changed hands between the looks at two blocks."""
+        owners: dict[int, list[tuple[LayerView, int]]] = {}
+        for layer in self._layers:
+            for block, entry in layer.entries():
+                if entry.slot in self._twice:
+                    owners.setdefault(entry.slot, []).append((layer, block))
+        for slot, (first, *others) in owners.items():
+            for other in others:
+                if not self._live or _both_have(slot, first, other):
+                    text = f"slot {slot} is also that of block {first[1]} of layer {first[0].record.layer_id}"
+                    self._found.add(Violation("I4", other[0].record.layer_id, other[1], text))
+
+
+def _both_have(slot: int, one: tuple[LayerView, int], other: tuple[LayerView, int]) -> bool:
+    """Whether a slot is that of two blocks at once: one has it before and after the other is looked at."""
+    looks = (one, other, one) * _LOOKS
+    return all(layer.entry(block).slot == slot for layer, block in looks)
+
+
+def _count(counts: LayerFound, entry: Entry) -> None:
+    counts.cached_bytes += entry.cached.bit_count() * PAGE_BYTES
+    counts.zero_bytes += entry.zero.bit_count() * PAGE_BYTES
+    if dirty := entry.cached & entry.dirty:
+        counts.dirty_bytes += dirty.bit_count() * PAGE_BYTES
+        counts.unchecked_blocks += 1
+
+
+def _check_pages(view: View, layers: list[LayerView], found: Found, slots: int, progress: Progress) -> None:
+    """I5: what entries name is in the slots file."""
+    counts = {layer.record.layer_id: each for layer, each in zip(layers, found.layers, strict=True)}
+    for checked in PageCheck(view).check(_places(view, layers, found)):
+        found.checked_slots += checked.places
+        found.unsettled_blocks += checked.unsettled
+        for bad in checked.bad:
+            counts[bad.layer.record.layer_id].bad.append(bad)
+            for text in _texts(bad):
+                found.add(Violation("I5", bad.layer.record.layer_id, bad.block, text))
+        progress(found.checked_slots, max(slots, found.checked_slots))
+
+
+def _places(view: View, layers: list[LayerView], found: Found) -> Iterator[Place]:
+    """What has clean pages, in slots that the files have."""
+    end = view.whole_slots
+    for layer in layers:
+        for block, entry in layer.entries():
+            if not clean_pages(entry):
+                continue
+            if not 0 < entry.slot < end:
+                if entry.slot:
+                    text = f"slot {entry.slot} lies beyond the end of the slots file or of its sums"
+                    found.add(Violation("I5", layer.record.layer_id, block, text))
+                continue
+            yield Place(layer, block, entry)
+
+
+def _texts(bad: Bad) -> Iterator[str]:
+    if bad.trouble:
+        yield bad.trouble
+    for page in range(PAGES_PER_BLOCK):
+        if bad.pages >> page & 1:
+            yield f"page {page} in slot {bad.slot} is not what was written there"

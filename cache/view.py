@@ -30,7 +30,7 @@ from tierblk.cache.index import HEAD_KEY, Index, Meta, open_index
 from tierblk.cache.layers import LayerRecord
 from tierblk.cache.loading import refuse_what_cannot_be_served
 from tierblk.cache.maps import ENTRY_BYTES, data_extents, find_map, marks_in
-from tierblk.cache.rows import ROW_ENTRY_BYTES, Entry, entries_in, pack_entries, unpack_row
+from tierblk.cache.rows import ENTRIES_BYTES, ROW_ENTRY_BYTES, Entry, entries_in, pack_entries, unpack_row
 from tierblk.cache.start import is_current
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
 from tierblk.core import ENTRIES_PER_ROW, MAP_HEADER_BYTES, PAGE_BYTES
@@ -38,6 +38,7 @@ from tierblk.errors import CacheError
 from tierblk.extent import block_count, valid_pages
 
 _PIECE_BYTES = 1 << 20
+_NO_ROW = 1 << 63
 
 
 class State(Enum):
@@ -64,7 +65,11 @@ class Piece:
 
     def entries(self) -> list[Entry]:
         """Of each block, also where nothing is known."""
-        return entries_in(self.packed, self.entry_bytes)
+        entries = entries_in(self.packed, self.entry_bytes)
+        if self.entry_bytes == ROW_ENTRY_BYTES:
+            return entries
+        # A slot that was taken for a write which has not ended is in no row either.
+        return [entry if entry.cached or not entry.slot else entry._replace(slot=0) for entry in entries]
 
     def marks(self) -> list[int]:
         """Of each block what the core notes beside its masks (REFERENCED, PROBATION); only maps have it."""
@@ -93,8 +98,8 @@ class LayerView:
         self.record = record
         self.blocks = block_count(record.size_bytes)
         self.row_faults: dict[int, str] = {}
-        """What is wrong with rows that cannot be believed, as far as `pieces` came: what a volume had there is
-        lost (R9)."""
+        """What is wrong with rows that cannot be believed, as far as `pieces` came: what a volume had there
+        is lost (R9)."""
         self._map_fd = map_fd
         self._index = index
         self._replayed = replayed
@@ -149,13 +154,19 @@ class LayerView:
 
     def _of_rows(self, index: Index, first_block: int, end_block: int) -> Iterator[Piece]:
         first, end = first_block // ENTRIES_PER_ROW, -(-end_block // ENTRIES_PER_ROW)
-        for row, packed in self._rows(index, first, end):
+        to_the_end = _NO_ROW if end_block == self.blocks else end
+        for row, packed in self._rows(index, first, to_the_end):
             if not packed:
+                continue
+            if row >= end:
+                self.row_faults[row] = "the row lies beyond the end of the layer"
                 continue
             block = row * ENTRIES_PER_ROW
             blocks = min(ENTRIES_PER_ROW, self.blocks - block)
             try:
                 entries = unpack_row(packed)
+                if any(packed[blocks * ROW_ENTRY_BYTES : ENTRIES_BYTES]):
+                    raise ValueError("the row holds something beyond the end of the layer")
             except ValueError as error:
                 self.row_faults[row] = str(error)
                 if not self.record.is_volume:
@@ -230,6 +241,14 @@ class View:
         """See Index.extents; as of now."""
         with self._files.reading() as index:
             return index.extents(record.layer_id)
+
+    @property
+    def whole_slots(self) -> int:
+        """How many the files have bytes and sums of; with a lenient look perhaps fewer than there should
+        be."""
+        files = self._files
+        slots = os.fstat(files.slots_fd).st_size // SLOT_BYTES
+        return min(slots, os.fstat(files.sums_fd).st_size // SUMS_BYTES_PER_SLOT)
 
     def read_slot(self, slot: int, first_page: int, buffer: memoryview | mmap.mmap) -> None:
         """Pages of a slot from one on, as many as fit into the buffer, whose memory is page-aligned and

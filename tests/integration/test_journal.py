@@ -91,7 +91,7 @@ def test_what_was_flushed_is_in_the_journal_and_what_was_not_is_not(host: Host) 
         (1, [0]),
         (2, [1, 3]),  # of the whole volume: what FUA asks for is no less than a FLUSH
     ]
-    found = verify(directory)
+    found = verify(directory, host.run_dir)
     assert found.violations == []
     assert [layer.dirty_bytes for layer in found.layers] == [3 * PAGE_BYTES]
     daemon = opened(host)
@@ -189,7 +189,7 @@ def test_a_last_record_in_part_is_no_record(host: Host) -> None:
     directory = flushed_blocks(host, 3)
     at = records(directory)[-1][0]
     damage(directory / JOURNAL, at + 600)
-    assert verify(directory).violations == []
+    assert verify(directory, host.run_dir).violations == []
     daemon = opened(host)
     assert [daemon.door.read(n * BLOCK_BYTES, PAGE_BYTES) for n in range(3)] == [page(0), page(1), page(0)]
     daemon.stop(clean=True)
@@ -223,7 +223,7 @@ def test_a_damaged_journal_is_refused_and_nothing_is_changed(host: Host, what: s
             opened(host)
         assert "what was flushed last to vol may be in it" in str(caught.value)
         assert caught.value.hint == f"to go on without it: truncate -s 0 {path}"
-    assert [violation.invariant for violation in verify(directory).violations] == ["R7"]
+    assert [violation.invariant for violation in verify(directory, host.run_dir).violations] == ["R7"]
     assert {file: file.read_bytes() for file in before} == before
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
     daemon = opened(host)
@@ -259,7 +259,7 @@ def test_records_of_another_life_are_not_taken(host: Host) -> None:
     write(daemon, 9, block=200)
     daemon.door.flush()
     cut(host, daemon)
-    assert verify(host.directory).violations == []
+    assert verify(host.directory, host.run_dir).violations == []
     daemon = opened(host)
     for block, n in ((0, 1), (100, 0), (105, 0), (200, 9)):
         assert daemon.door.read(block * BLOCK_BYTES, PAGE_BYTES) == page(n), block

@@ -1,10 +1,15 @@
-"""Checks what a cache directory says of itself: its superblock, its index, and the checksum of every clean
-page. No daemon may serve it. Changes nothing; exit code 6 when something is wrong.
+"""Checks a cache directory, beside a daemon too: its superblock, its index or block maps, who has which slot,
+and the checksum of every clean page. Changes nothing; exit code 6 when something is wrong. Ctrl-C ends it
+with what was found so far, and exit code 130.
 
-With --json: {"ok", "clean", "session", "slots", "bad_superblocks", "layers": [{"kind", "name", "url",
-"size_bytes", "cached_bytes", "dirty_bytes", "damaged"}], "violations": [{"invariant", "layer", "block",
-"text"}]}.
-Invariants have the numbers that the design gives them.
+What was written and not uploaded has no checksum: of dirty pages only masks and slots are checked, and their
+blocks are counted.
+
+With --json: {"ok", "complete", "state", "clean", "session", "slots", "checked_slots", "unsettled_blocks",
+"bad_superblocks", "layers": [{"layer_id", "kind", "name", "url", "size_bytes", "cached_bytes", "dirty_bytes",
+"zero_bytes", "unchecked_blocks", "bad_pages", "damaged"}], "violations": [{"invariant", "layer", "block",
+"text"}], "left_off"}. Invariants have the numbers that the design gives them; left_off is how many violations
+are not listed.
 """
 
 from __future__ import annotations
@@ -17,19 +22,24 @@ from typing import TYPE_CHECKING, Any
 
 from tierblk.cli.arguments import add_json
 from tierblk.cli.output import put, put_json, put_table, say
+from tierblk.cli.states import STATE_TEXTS
+from tierblk.cli.target import add_target, resolve
+from tierblk.extent import BLOCK_BYTES
+from tierblk.rundir import run_root
 from tierblk.units import format_size
 
 if TYPE_CHECKING:
-    from tierblk.cache.verify import Found
+    from tierblk.cache.verify import Found, LayerFound
 
 NAME = "verify"
-HELP = "check every invariant of a directory that no daemon serves"
+HELP = "check every invariant and every checksum"
 SHOWN_MAX = 50
+INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """DIR."""
-    parser.add_argument("directory", metavar="DIR", type=Path, help="cache.dir of a config")
+    """TARGET."""
+    add_target(parser, device=False)
     add_json(parser)
 
 
@@ -38,48 +48,79 @@ def run(args: argparse.Namespace) -> int:
     from tierblk.cache.verify import verify
     from tierblk.errors import CacheError
 
+    directory = resolve(args.target, args.timeout_s).directory
     with _bar() as progress:
-        found = verify(args.directory, progress)
+        found = verify(directory, run_root(), progress)
     if args.json:
         put_json(_document(found))
     else:
-        _show(args.directory, found)
-    return CacheError.exit_code if found.violations else 0
+        _show(directory, found)
+    if not found.complete:
+        return INTERRUPTED
+    return 0 if found.ok else CacheError.exit_code
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """How far it is, on a terminal."""
+    """How far it is, how fast, and how long it will take, on a terminal."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
+    columns = (
+        TextColumn("checksums"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("checksums", total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+        yield lambda done, total: shown.update(task, completed=done * BLOCK_BYTES, total=total * BLOCK_BYTES)
 
 
 def _document(found: Found) -> dict[str, Any]:
     return {
-        "ok": not found.violations,
+        "ok": found.ok,
+        "complete": found.complete,
+        "state": found.state.value,
         "clean": found.clean,
         "session": found.superblock.session,
         "slots": found.superblock.slot_count - 1,
+        "checked_slots": found.checked_slots,
+        "unsettled_blocks": found.unsettled_blocks,
         "bad_superblocks": found.bad_superblocks,
-        "layers": [
-            {
-                "kind": layer.record.kind,
-                "name": layer.record.name or None,
-                "url": layer.record.shown_base if layer.record.url else None,
-                "size_bytes": layer.record.size_bytes,
-                "cached_bytes": layer.cached_bytes,
-                "dirty_bytes": layer.dirty_bytes,
-                "damaged": layer.record.damaged or None,
-            }
-            for layer in found.layers
-        ],
+        "layers": [_layer(layer) for layer in found.layers],
         "violations": [violation._asdict() for violation in found.violations],
+        "left_off": found.left_off,
     }
+
+
+def _layer(layer: LayerFound) -> dict[str, Any]:
+    return {
+        "layer_id": layer.record.layer_id,
+        "kind": layer.record.kind,
+        "name": layer.record.name or None,
+        "url": layer.record.shown_base if layer.record.url else None,
+        "size_bytes": layer.record.size_bytes,
+        "cached_bytes": layer.cached_bytes,
+        "dirty_bytes": layer.dirty_bytes,
+        "zero_bytes": layer.zero_bytes,
+        "unchecked_blocks": layer.unchecked_blocks,
+        "bad_pages": _bad_pages(layer),
+        "damaged": layer.record.damaged or None,
+    }
+
+
+def _bad_pages(layer: LayerFound) -> int:
+    return sum(bad.pages.bit_count() for bad in layer.bad)
 
 
 def _show(directory: Path, found: Found) -> None:
@@ -90,21 +131,28 @@ def _show(directory: Path, found: Found) -> None:
             format_size(layer.record.size_bytes),
             format_size(layer.cached_bytes),
             format_size(layer.dirty_bytes),
+            f"{layer.unchecked_blocks} blocks" if layer.unchecked_blocks else "-",
+            f"{_bad_pages(layer)} pages" if layer.bad else "-",
         )
         for layer in found.layers
     ]
     if rows:
-        put_table(("KIND", "WHAT", "SIZE", "HERE", "NOWHERE ELSE"), rows)
+        put_table(("KIND", "WHAT", "SIZE", "HERE", "NOWHERE ELSE", "NO CHECKSUM", "BAD"), rows)
     for layer in found.layers:
         if layer.record.damaged:
             say(f"{layer.record.shown} cannot be attached: {layer.record.damaged}")
     if not found.clean:
-        say("the last daemon did not end in order: as long as the machine runs, its block maps count")
+        say(STATE_TEXTS[found.state.value])
     if found.bad_superblocks:
         say(f"{found.bad_superblocks} of 2 superblocks cannot be read; the other one is good")
+    if found.unsettled_blocks:
+        say(f"{found.unsettled_blocks} blocks changed faster than they could be checked")
     for violation in found.violations[:SHOWN_MAX]:
         put(str(violation))
-    if len(found.violations) > SHOWN_MAX:
-        put(f"... and {len(found.violations) - SHOWN_MAX} more")
-    if not found.violations:
+    more = len(found.violations) + found.left_off - SHOWN_MAX
+    if more > 0:
+        put(f"... and {more} more")
+    if not found.complete:
+        say(f"interrupted after {found.checked_slots} blocks; what is above was found by then")
+    elif found.ok:
         put(f"{directory} is well")
