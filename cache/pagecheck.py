@@ -127,24 +127,42 @@ class PageCheck:
 
     def _again(self, place: Place) -> Bad | None:
         """One with no pages: all is well. None: it never stood still."""
-        seen: tuple[Entry, int] | None = None
-        with mmap.mmap(-1, SLOT_BYTES) as memory, memoryview(memory) as block:
-            for _ in range(_LOOKS_MAX):
-                entry = place.layer.entry(place.block)
-                if not clean_pages(entry):
-                    return Bad(place.layer, place.block, entry.slot, 0)
-                try:
-                    kept = self._view.packed_sums(entry.slot)
-                    self._view.read_slot(entry.slot, 0, block)
-                except CacheError as error:
-                    return Bad(place.layer, place.block, entry.slot, 0, error.message)
-                pages = bad_pages(block, kept, clean_pages(entry))
-                if place.layer.entry(place.block) != entry:
-                    continue
-                if not pages or seen == (entry, pages):
-                    return Bad(place.layer, place.block, entry.slot, pages)
-                seen = (entry, pages)
-        return None
+        try:
+            found = settled(self._view, place.layer, place.block)
+        except CacheError as error:
+            return Bad(place.layer, place.block, place.entry.slot, 0, error.message)
+        return Bad(place.layer, place.block, found.entry.slot, found.bad) if found else None
+
+
+class Sums(NamedTuple):
+    """A block, the kept sums of its slot's pages, and the mask of its clean pages that they do not fit."""
+
+    entry: Entry
+    kept: tuple[int, ...]
+    bad: int
+
+
+def settled(view: View, layer: LayerView, block: int) -> Sums | None:
+    """A block and its sums as they are at one time; beside a daemon a page is bad when two looks say so.
+    None: it changes all the time. CacheError: it cannot be read."""
+    before: Sums | None = None
+    with mmap.mmap(-1, SLOT_BYTES) as memory, memoryview(memory) as bytes_:
+        for _ in range(_LOOKS_MAX):
+            entry = layer.entry(block)
+            if not clean_pages(entry):
+                return Sums(entry, (0,) * PAGES_PER_BLOCK, 0)
+            packed = view.packed_sums(entry.slot)
+            view.read_slot(entry.slot, 0, bytes_)
+            found = Sums(
+                entry, tuple(memoryview(packed).cast("I")), bad_pages(bytes_, packed, clean_pages(entry))
+            )
+            if view.state is not State.SERVED or found == before:
+                return found
+            if layer.entry(block) == entry:
+                if not found.bad:
+                    return found
+                before = found
+    return None
 
 
 def _runs(places: Iterable[Place]) -> Iterator[list[Place]]:

@@ -152,6 +152,11 @@ def read(pairs: Iterable[Pair], uuid: UUID) -> Kept:
     return Kept(head, [objects.get(number) for number in range(numbers)], rows, zeroes)
 
 
+def head_of(value: bytes, uuid: UUID) -> Head:
+    """The head alone, of the value that is kept of it. Malformed."""
+    return _head(_unsealed(HEAD, value), uuid)[0]
+
+
 def _unsealed(key: bytes, value: bytes) -> bytes:
     body = value[: -_CRC.size]
     if not body or value[-_CRC.size :] != _CRC.pack(crc32(body, crc32(key))):

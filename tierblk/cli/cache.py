@@ -1,21 +1,36 @@
-"""Looks into a cache directory."""
+"""Looks into a cache directory, while a daemon serves it or none does. Nothing is changed."""
 
 from __future__ import annotations
 
 import argparse
 
 from tierblk.cli import (
+    cache_blocks,
+    cache_dump,
     cache_evict,
     cache_export,
     cache_gc,
+    cache_ls,
     cache_pin,
     cache_resize,
+    cache_stat,
     cache_verify,
 )
 
 NAME = "cache"
-HELP = "look into a cache directory"
-VERBS = (cache_verify, cache_export, cache_evict, cache_pin, cache_resize, cache_gc)
+HELP = "look into a cache, and change what is in it"
+VERBS = (
+    cache_stat,
+    cache_ls,
+    cache_blocks,
+    cache_dump,
+    cache_verify,
+    cache_export,
+    cache_evict,
+    cache_pin,
+    cache_resize,
+    cache_gc,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

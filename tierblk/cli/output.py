@@ -37,6 +37,11 @@ def put(text: str) -> None:
     print(plain(text), flush=True)
 
 
+def put_line(text: str) -> None:
+    """One of very many lines on stdout, of characters that can do no harm; they may come in larger pieces."""
+    sys.stdout.write(f"{text}\n")
+
+
 def put_json(document: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(document, indent=2), flush=True)
