@@ -242,6 +242,16 @@ class View:
         with self._files.reading() as index:
             return index.extents(record.layer_id)
 
+    def alone(self) -> None:
+        """From here on nobody else looks into the directory, which is to be changed. CacheError: somebody
+        does, or serves it."""
+        try:
+            fcntl.flock(self._files.slots_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CacheError(
+                f"{self.path} is in use by another process", f"`fuser -v {self.path / SLOTS}` shows it"
+            ) from None
+
     @property
     def whole_slots(self) -> int:
         """How many the files have bytes and sums of; with a lenient look perhaps fewer than there should

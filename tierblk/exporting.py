@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tierblk import standing as standings
 from tierblk.cache import LayerRecord, View
 from tierblk.config import Config
 from tierblk.errors import CacheError, TierblkError
 from tierblk.extent import BLOCK_BYTES
-from tierblk.origin import ImageOrigin, Origin, StoreOrigin
+from tierblk.origin import ImageOrigin, Origin, StoreOrigin, extents_of, standing_of
 from tierblk.qcow2 import Qcow2Writer
 from tierblk.reader import WINDOW_BYTES, DeviceReader, Part, Tally
-from tierblk.remote import ExtentMap, Identity
-from tierblk.standing import Standing
+from tierblk.remote import Identity
 
 AHEAD = 4
 """Windows that are read at once, each with memory of its own."""
@@ -119,7 +117,7 @@ async def open_device(
     volume = _volume(view, config)
     if volume is not None and volume.base is not None:
         pin = Identity(*volume.base)
-    standing = _standing(view, volume) if volume is not None and volume.is_stored else None
+    standing = standing_of(view, volume) if volume is not None and volume.is_stored else None
     origins: list[Origin] = []
     base = _base_part(view, config, pin, origins, on_trouble)
     try:
@@ -130,7 +128,7 @@ async def open_device(
             return
         size_bytes, origin = volume.size_bytes, None
         if standing is not None:
-            extents = await _extents(view, volume, standing)
+            extents = await extents_of(view, volume, standing)
             size_bytes = extents.head.size_bytes
             origin = StoreOrigin(config, standing, extents, on_trouble)
             origins.append(origin)
@@ -160,26 +158,6 @@ def _volume(view: View, config: Config) -> LayerRecord | None:
     if found.damaged:
         raise CacheError(f"part of what was written to {name} is lost: {found.damaged}")
     return found
-
-
-def _standing(view: View, volume: LayerRecord) -> Standing:
-    state = view.volume_state(volume)
-    try:
-        if state is None:
-            raise ValueError("it has no word of it")
-        return standings.decode(state)
-    except ValueError as error:
-        raise CacheError(f"the index does not say where the volume {volume.name} stands: {error}") from None
-
-
-async def _extents(view: View, volume: LayerRecord, standing: Standing) -> ExtentMap:
-    pairs = view.volume_extents(volume)
-    try:
-        return await asyncio.to_thread(ExtentMap.restore, pairs, uuid=standing.uuid)
-    except ValueError as error:
-        raise CacheError(
-            f"the index is damaged where it says what of {volume.name} is in the store: {error}"
-        ) from None
 
 
 def _base_part(

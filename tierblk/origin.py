@@ -7,12 +7,15 @@ Nothing is asked before somebody wants a byte: what is cached can be read withou
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 
-from tierblk.config import Config, StoreSettings
+from tierblk import standing as standings
+from tierblk.cache import LayerRecord, View
+from tierblk.config import Config, StoreSettings, parse
 from tierblk.core import crc32c
-from tierblk.errors import TierblkError
+from tierblk.errors import CacheError, TierblkError
 from tierblk.remote import (
     ExtentMap,
     Fetcher,
@@ -28,6 +31,7 @@ from tierblk.remote import (
     open_store,
 )
 from tierblk.standing import Standing
+from tierblk.units import MIB
 
 
 async def catch_up_with_own(extents: ExtentMap, standing: Standing, lineage: Lineage) -> None:
@@ -37,6 +41,53 @@ async def catch_up_with_own(extents: ExtentMap, standing: Standing, lineage: Lin
         if not standing.is_ours(each.record.epoch, each.record.attempt):
             return
         await asyncio.to_thread(extents.apply, each.record, each.hash)
+
+
+def standing_of(view: View, volume: LayerRecord) -> Standing:
+    """Where a volume in object storage stands, as the index says it. CacheError: it does not."""
+    state = view.volume_state(volume)
+    try:
+        if state is None:
+            raise ValueError("it has no word of it")
+        return standings.decode(state)
+    except ValueError as error:
+        raise CacheError(f"the index does not say where the volume {volume.name} stands: {error}") from None
+
+
+async def extents_of(view: View, volume: LayerRecord, standing: Standing) -> ExtentMap:
+    """Where its pages are, as the index says it. CacheError."""
+    pairs = view.volume_extents(volume)
+    try:
+        return await asyncio.to_thread(ExtentMap.restore, pairs, uuid=standing.uuid)
+    except ValueError as error:
+        raise CacheError(
+            f"the index is damaged where it says what of {volume.name} is in the store: {error}"
+        ) from None
+
+
+async def origin_of(view: View, record: LayerRecord, config: Config | None = None) -> Origin | None:
+    """What has the bytes of a layer too; None: nobody. config: how it is reached, if it is of this layer;
+    else the defaults and the environment say it. CacheError."""
+    if record.kind not in ("base", "write-back"):
+        return None
+    if record.is_stored:
+        standing = standing_of(view, record)
+        extents = await extents_of(view, record, standing)
+        if config is None or config.volume is None or config.device.name != record.name:
+            config = _default(view)
+        return StoreOrigin(config, standing, extents)
+    if config is None or config.url != record.url:
+        config = _default(view)
+    return ImageOrigin(config, Identity(record.url, record.size_bytes, record.validator))
+
+
+def _default(view: View) -> Config:
+    document = {
+        "device": {"name": "any", "on_outage": "fail"},
+        "base": {"url": "file:///dev/null"},
+        "cache": {"dir": os.path.abspath(view.path), "size": 16 * MIB},
+    }
+    return parse(document, view.path)
 
 
 class Origin:

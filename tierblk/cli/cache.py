@@ -6,6 +6,7 @@ import argparse
 
 from tierblk.cli import (
     cache_blocks,
+    cache_diff,
     cache_dump,
     cache_evict,
     cache_export,
@@ -25,6 +26,7 @@ VERBS = (
     cache_blocks,
     cache_dump,
     cache_verify,
+    cache_diff,
     cache_export,
     cache_evict,
     cache_pin,

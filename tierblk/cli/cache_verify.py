@@ -2,14 +2,17 @@
 and the checksum of every clean page. Changes nothing; exit code 6 when something is wrong. Ctrl-C ends it
 with what was found so far, and exit code 130.
 
+With --repair bad clean pages are fetched anew, where they came from, and nothing else is touched; a config
+file as TARGET says how that is reached. Exit code 0 when nothing is wrong any more.
+
 What was written and not uploaded has no checksum: of dirty pages only masks and slots are checked, and their
 blocks are counted.
 
 With --json: {"ok", "complete", "state", "clean", "session", "slots", "checked_slots", "unsettled_blocks",
 "bad_superblocks", "layers": [{"layer_id", "kind", "name", "url", "size_bytes", "cached_bytes", "dirty_bytes",
 "zero_bytes", "unchecked_blocks", "bad_pages", "damaged"}], "violations": [{"invariant", "layer", "block",
-"text"}], "left_off"}. Invariants have the numbers that the design gives them; left_off is how many violations
-are not listed.
+"text"}], "left_off", "repaired": null or {"pages", "left_pages", "reasons"}}. Invariants have the numbers
+that the design gives them; left_off is how many violations are not listed.
 """
 
 from __future__ import annotations
@@ -30,16 +33,19 @@ from tierblk.units import format_size
 
 if TYPE_CHECKING:
     from tierblk.cache.verify import Found, LayerFound
+    from tierblk.repair import Repaired
 
 NAME = "verify"
 HELP = "check every invariant and every checksum"
 SHOWN_MAX = 50
 INTERRUPTED = 130
+ALL = 0xFFFF
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """TARGET."""
     add_target(parser, device=False)
+    parser.add_argument("--repair", action="store_true", help="fetch bad clean pages anew")
     add_json(parser)
 
 
@@ -51,13 +57,33 @@ def run(args: argparse.Namespace) -> int:
     directory = resolve(args.target, args.timeout_s).directory
     with _bar() as progress:
         found = verify(directory, run_root(), progress)
+    every = (bad for layer in found.layers for bad in layer.bad)
+    todo = [(bad.layer.record.layer_id, bad.block, bad.pages or ALL) for bad in every]
+    repaired = None
+    if args.repair and todo and found.complete:
+        from tierblk.cli.repairing import repair
+
+        repaired = repair(args, directory, todo)
     if args.json:
-        put_json(_document(found))
+        done = repaired and repaired.to_dict()
+        put_json({**_document(found), "repaired": done})
     else:
         _show(directory, found)
+        if repaired is not None:
+            _show_repaired(repaired)
     if not found.complete:
         return INTERRUPTED
-    return 0 if found.ok else CacheError.exit_code
+    # Each bad page is a violation of its own.
+    others = len(found.violations) + found.left_off - sum(_bad_pages(layer) for layer in found.layers)
+    well = found.ok or (repaired is not None and not repaired.left and not others)
+    return 0 if well else CacheError.exit_code
+
+
+def _show_repaired(repaired: Repaired) -> None:
+    left = f", {repaired.left_pages} are not" if repaired.left else ""
+    put(f"{repaired.pages} pages are repaired{left}")
+    for reason in repaired.reasons:
+        say(reason)
 
 
 @contextmanager
