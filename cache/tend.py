@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tierblk.cache.rows import entries_of
 from tierblk.core import ENTRIES_PER_ROW, PAGE_BYTES, Engine, Layer
-from tierblk.errors import CacheError
+from tierblk.errors import CacheError, TooMuch
 from tierblk.extent import BLOCK_BYTES
 from tierblk.units import format_size
 
@@ -65,11 +65,11 @@ async def evict(layer: Layer, first_block: int, end_block: int) -> Evicted:
 
 
 def check_pins(records: Iterable[LayerRecord], engine: Engine) -> None:
-    """CacheError: more is pinned than a cache of this size may hold on to."""
+    """TooMuch: more is pinned than a cache of this size may hold on to."""
     wanted = sum(end - first for record in records for first, end in record.pins)
     most = engine.slot_count // PINNED_SHARE
     if wanted > most:
-        raise CacheError(
+        raise TooMuch(
             f"{format_size(wanted * BLOCK_BYTES)} would be pinned, and this cache may keep "
             f"{format_size(most * BLOCK_BYTES)} pinned",
             "pin less, or give it a larger cache.size",

@@ -30,7 +30,15 @@ from tierblk.cache.index import HEAD_KEY, Index, Meta, open_index
 from tierblk.cache.layers import LayerRecord
 from tierblk.cache.loading import refuse_what_cannot_be_served
 from tierblk.cache.maps import ENTRY_BYTES, data_extents, find_map, marks_in
-from tierblk.cache.rows import ENTRIES_BYTES, ROW_ENTRY_BYTES, Entry, entries_in, pack_entries, unpack_row
+from tierblk.cache.rows import (
+    ENTRIES_BYTES,
+    NO_ENTRY,
+    ROW_ENTRY_BYTES,
+    Entry,
+    entries_in,
+    pack_entries,
+    unpack_row,
+)
 from tierblk.cache.start import is_current
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
 from tierblk.core import ENTRIES_PER_ROW, MAP_HEADER_BYTES, PAGE_BYTES
@@ -128,7 +136,7 @@ class LayerView:
         end_block = self.blocks if end_block is None else min(end_block, self.blocks)
         for piece in self.pieces(first_block, end_block):
             for block, entry in enumerate(piece.entries(), piece.first_block):
-                if any(entry) and first_block <= block < end_block:
+                if entry != NO_ENTRY and first_block <= block < end_block:
                     yield block, entry
 
     def entry(self, block: int) -> Entry:

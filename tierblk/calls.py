@@ -20,6 +20,7 @@ from tierblk.errors import (
     RemoteRefused,
     RemoteUnavailable,
     TierblkError,
+    TooMuch,
     UnknownDevice,
 )
 from tierblk.openapi import Operation
@@ -139,7 +140,7 @@ def _status(error: TierblkError) -> int:
             return 404
         case ConfigError():
             return 400
-        case DeviceError() | DaemonError():
+        case DeviceError() | DaemonError() | TooMuch():
             return 409
         case RemoteUnavailable() | RemoteRefused():
             return 502

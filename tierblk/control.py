@@ -26,8 +26,10 @@ from aiohttp import web
 
 from tierblk import config, messages, openapi
 from tierblk.calls import Call, Handler, checked, errors_as_json, http_log, peer
+from tierblk.care import Care
 from tierblk.claim import Wishes
 from tierblk.errors import ConfigError, DaemonError, TierblkError
+from tierblk.extent import Extent
 from tierblk.openapi import Operation
 from tierblk.rundir import END_NAME, INFO_NAME, SOCKET_NAME, socket_address
 
@@ -89,6 +91,11 @@ class DaemonApi(Protocol):
     async def repin(self, name: str) -> Device:
         """Make the device show the version of its image that the server has now (R22). DeviceError when it is
         in use; RemoteUnavailable when nobody answers. The device goes on as before then."""
+        ...
+
+    @property
+    def care(self) -> Care:
+        """For what is cached."""
         ...
 
     def devices(self) -> list[Device]:
@@ -327,6 +334,48 @@ class ControlServer:
 
     @_operation(
         "POST",
+        "/v1/cache/evict",
+        "Take blocks of a layer out of the cache",
+        messages.EvictedBytes,
+        body=messages.EvictBody,
+    )
+    async def _evict(self, call: Call) -> Any:
+        return await self.api.care.evict(call.body.layer_id, _extents(call.body.ranges))
+
+    @_operation(
+        "POST",
+        "/v1/cache/pin",
+        "Keep blocks of a layer in the cache for good",
+        messages.Pinned,
+        body=messages.PinBody,
+    )
+    async def _pin(self, call: Call) -> Any:
+        body: messages.PinBody = call.body
+        return await self.api.care.pin(body.layer_id, _extents(body.ranges), pinned=body.pinned)
+
+    @_operation(
+        "POST",
+        "/v1/cache/drop",
+        "Take single pages out of the cache, which are bad",
+        messages.Dropped,
+        body=messages.DropBody,
+    )
+    async def _drop(self, call: Call) -> Any:
+        pages = [(block, mask & 0xFFFF) for block, mask in call.body.pages]
+        return self.api.care.drop(call.body.layer_id, pages)
+
+    @_operation(
+        "POST",
+        "/v1/cache/gc",
+        "Forget images that nobody uses",
+        messages.Collected,
+        body=messages.CollectBody,
+    )
+    async def _collect(self, call: Call) -> Any:
+        return await self.api.care.collect(older_s=call.body.older_s, dry_run=call.body.dry_run)
+
+    @_operation(
+        "POST",
         "/v1/stop",
         "Take all devices away and end the daemon; the answer comes at once",
         messages.Stopping,
@@ -358,3 +407,7 @@ def report_end(run_dir: Path, error: TierblkError) -> None:
     """Leave word of what went wrong with the end, for whoever asked for it: the socket is closed by then."""
     with suppress(OSError):
         (run_dir / END_NAME).write_text(json.dumps(error.to_dict()) + "\n")
+
+
+def _extents(ranges: list[list[int]]) -> list[Extent]:
+    return [Extent(offset, length) for offset, length in ranges]

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from tierblk import records, takeover
 from tierblk.bases import Bases
 from tierblk.cache import Cache
+from tierblk.care import Care
 from tierblk.claim import Wishes
 from tierblk.config import Config, cache_conflicts
 from tierblk.core import BLOCK_BYTES, Engine, ublk
@@ -29,6 +30,7 @@ from tierblk.driver import driver_error, stamp_of
 from tierblk.errors import DaemonError, DeviceError, TierblkError, UnknownDevice
 from tierblk.fill import Fills
 from tierblk.layer import Filled, Stack
+from tierblk.readings import Readings
 from tierblk.records import DeviceRecord
 from tierblk.remote import RawImage, open_source, open_store, read_birth
 from tierblk.rundir import run_root
@@ -63,11 +65,12 @@ class Daemon:
         self._takeovers: dict[str, TakeOver] = {}
         self._names: dict[str, asyncio.Lock] = {}
         self._calls: set[asyncio.Task[Any]] = set()
-        self._contents: dict[str, set[asyncio.Task[Any]]] = {}
+        self._readings = Readings()
         self._stopping = asyncio.Event()
         self._hands_over = False
         self._started = time.time()
         self._upkeep: Upkeep | None = None
+        self._care: Care | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life ---
@@ -92,6 +95,7 @@ class Daemon:
         self._fills = Fills(engine, filled, remote.max_window // BLOCK_BYTES, readahead=remote.readahead)
         self._home = Home(engine, self._executor, stamp_of(cache.uuid.bytes), cache.run_dir)
         self._upkeep = Upkeep(cache, self._fills, self._config, volumes)
+        self._care = Care(cache, filled, lambda: [each.record for each in self._takeovers.values()])
         volumes.on_look = self._upkeep.look_at_dirt
         volumes.demand = lambda: any(layer.fetcher.counters.in_flight for layer in filled.values())
         self._upkeep.start()
@@ -362,6 +366,12 @@ class Daemon:
         `status`."""
         self._keep(device.stop(force=True))
 
+    @property
+    def care(self) -> Care:
+        """See control.DaemonApi."""
+        assert self._care is not None
+        return self._care
+
     async def sync(self, name: str, *, wait: bool) -> dict[str, Any]:
         """See control.DaemonApi."""
         device = self._find(name)
@@ -372,23 +382,16 @@ class Daemon:
     async def content(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
         """See control.DaemonApi."""
         assert self._stacks is not None
-        reading = asyncio.current_task()
-        assert reading is not None
-        self._contents.setdefault(name, set()).add(reading)
-        try:
-            async with self._only_one(name):  # who detaches it waits for the read
-                stack = self._find(name).stack
-                if not 0 <= offset_bytes <= offset_bytes + length_bytes <= stack.size_bytes:
-                    raise DeviceError(f"{name} has {stack.size_bytes} bytes, which do not hold these")
-                return await self._stacks.content(stack, offset_bytes, length_bytes)
-        finally:
-            self._contents[name].discard(reading)
+        only_one = self._only_one(name)
+        return await self._readings.read(
+            name, only_one, lambda: self._find(name).stack, self._stacks, offset_bytes, length_bytes
+        )
 
     async def detach(self, name: str, *, force: bool = False) -> str | None:
         """See control.DaemonApi."""
         warning = None
-        for reading in self._contents.get(name, ()) if force else ():
-            reading.cancel()
+        if force:
+            self._readings.end(name)
         if name in self._takeovers:
             waiting = self._takeovers[name]
             if not force:

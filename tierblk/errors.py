@@ -75,6 +75,11 @@ class CacheError(TierblkError):
     exit_code = 6
 
 
+class TooMuch(CacheError):
+    """What is asked is more than the cache has room for: nothing was done, and nothing is wrong with it. For
+    users and on the wire it is a CacheError."""
+
+
 class DeviceError(TierblkError):
     """The ublk driver or a device: no module, no permission, no such device, still in use."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
+from tierblk.cache.layers import LAYER_ID_MAX
 from tierblk.config import Config
 from tierblk.errors import KINDS
 
@@ -71,6 +72,48 @@ class SyncBody(Body):
     """wait: the answer comes when all is in object storage."""
 
     wait: bool = False
+
+
+def _whole(value: Any) -> Any:
+    """JSON has no integers: 5.0 is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+LayerId = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LAYER_ID_MAX)]
+Offset = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=(1 << 63) - 1)]
+Range = Annotated[list[Offset], Field(min_length=2, max_length=2)]
+"""[offset, length] in bytes."""
+Ranges = Annotated[list[Range], Field(max_length=65536)]
+
+
+class EvictBody(Body):
+    """layer_id: as `GET /v1/daemon` has it. ranges: [offset, length] in bytes of the layer; blocks that lie
+    in one in whole go, unless they are dirty or in use."""
+
+    layer_id: LayerId
+    ranges: Ranges
+
+
+class PinBody(Body):
+    """ranges: as for evict; blocks that one touches. pinned: false takes it back."""
+
+    layer_id: LayerId
+    ranges: Ranges
+    pinned: bool = True
+
+
+class DropBody(Body):
+    """pages: [block, mask of 16 pages]; those that are clean and not in use are not cached any more."""
+
+    layer_id: LayerId
+    pages: Annotated[list[Range], Field(max_length=65536)]
+
+
+class CollectBody(Body):
+    """older_s: only what was not used for so many seconds. dry_run: it is only said what would go."""
+
+    older_s: Annotated[float, Field(ge=0, le=1e10)] = 86400.0
+    dry_run: bool = False
 
 
 class StopBody(Body):
@@ -256,6 +299,46 @@ class DaemonInfo(Answer):
     config_path: str
     cache: CacheCounts | NoCounts
     fills: Count
+
+
+class EvictedBytes(Answer):
+    """dirty_bytes: stay, since nobody else has them; busy_bytes: stay, since they were in use."""
+
+    layer_id: LayerId
+    evicted_bytes: Count
+    dirty_bytes: Count
+    busy_bytes: Count
+
+
+class Pinned(Answer):
+    """pins: [offset, length] in bytes, all of the layer."""
+
+    layer_id: LayerId
+    pins: list[Range]
+
+
+class Dropped(Answer):
+    """How many pages went."""
+
+    layer_id: LayerId
+    dropped_pages: Count
+
+
+class UnusedLayer(Answer):
+    """An image that nobody uses. used_unix_s: when somebody did."""
+
+    layer_id: LayerId
+    what: str
+    validator: str
+    used_unix_s: Count
+    cached_bytes: Count
+
+
+class Collected(Answer):
+    """What went, or would."""
+
+    layers: list[UnusedLayer]
+    cached_bytes: Count
 
 
 class Detached(Answer):

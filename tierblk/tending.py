@@ -10,7 +10,7 @@ from typing import Any
 from tierblk.cache import Cache, LayerRecord, tend
 from tierblk.cache.tend import Evicted
 from tierblk.core import PAGE_BYTES
-from tierblk.errors import CacheError
+from tierblk.errors import DeviceError
 from tierblk.extent import BLOCK_BYTES, Extent
 
 Document = dict[str, Any]
@@ -19,13 +19,13 @@ Document = dict[str, Any]
 def _record(cache: Cache, layer_id: int) -> LayerRecord:
     found = next((record for record in cache.records if record.layer_id == layer_id), None)
     if found is None:
-        raise CacheError(f"{cache.path} has no layer {layer_id}", "`tierblk cache ls` shows them")
+        raise DeviceError(f"{cache.path} has no layer {layer_id}", "`tierblk cache ls` shows them")
     return found
 
 
 async def evict(cache: Cache, layer_id: int, ranges: Sequence[Extent]) -> Document:
     """What can go of the blocks that lie in these ranges in whole is gone when this returns, durably.
-    CacheError.
+    CacheError, DeviceError.
 
     {"layer_id", "evicted_bytes", "dirty_bytes": stay since nobody else has them, "busy_bytes": were in use}.
     """

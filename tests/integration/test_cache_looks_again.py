@@ -15,6 +15,7 @@ import pytest
 from tests.cache_rig import read_superblock, run_directory
 from tests.property.host import Host
 from tests.property.volume_daemon import VolumeDaemon
+from tierblk.cache import invariants
 from tierblk.cache import verify as verifying
 from tierblk.cache.maps import ENTRY_BYTES
 from tierblk.cache.reading import Missing, Reader
@@ -90,14 +91,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(View, "__init__", init)
 
 
-def before_reads(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], object]) -> None:
-    """Before the first slot is read, and the second, and so on, one change each."""
+def before_reads(monkeypatch: pytest.MonkeyPatch, slot: int, *changes: Callable[[], object]) -> None:
+    """Before that slot is read for the first time, and the second, and so on, one change each."""
     left, read = list(changes), View.read_slot
 
-    def read_slot(view: View, slot: int, first_page: int, buffer: memoryview | mmap.mmap) -> None:
-        if left:
+    def read_slot(view: View, first: int, first_page: int, buffer: memoryview | mmap.mmap) -> None:
+        if left and first <= slot < first + len(buffer) // BLOCK_BYTES:
             left.pop(0)()
-        read(view, slot, first_page, buffer)
+        read(view, first, first_page, buffer)
 
     monkeypatch.setattr(View, "read_slot", read_slot)
 
@@ -111,7 +112,7 @@ def reader(view: View) -> Reader:
 def test_a_slot_that_another_block_got_is_not_read(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sums fit, since they are those of the other block."""
     slot = files.entry(BASE, 4).slot
-    before_reads(monkeypatch, lambda: files.give(slot, 4, 20))
+    before_reads(monkeypatch, slot, lambda: files.give(slot, 4, 20))
     with look(files.directory, files.run_dir) as view:
         with pytest.raises(Missing):
             list(reader(view).read(Extent(4 * BLOCK_BYTES, BLOCK_BYTES)))
@@ -124,7 +125,7 @@ def test_a_block_that_never_stands_still(files: Files, monkeypatch: pytest.Monke
     one = files.entry(BASE, 4)
     other = one._replace(zero=0, cached=0xFFFE)
     changes = [lambda e=e: files.set_entry(BASE, 4, e) for e in (other, one) * 20]
-    before_reads(monkeypatch, *changes)
+    before_reads(monkeypatch, one.slot, *changes)
     with (
         look(files.directory, files.run_dir) as view,
         pytest.raises(CacheError, match="block 4 changes faster than it can be read"),
@@ -142,7 +143,7 @@ def test_a_fill_that_has_written_and_not_yet_told_is_nothing_bad(
         files.set_entry(BASE, 4, Entry())
         files.fill(slot, os.urandom(BLOCK_BYTES), sums=False)
 
-    before_reads(monkeypatch, begin_fill)
+    before_reads(monkeypatch, slot, begin_fill)
     found = verify(files.directory, files.run_dir)
     assert (found.violations, found.checked_slots, found.unsettled_blocks) == ([], 10, 0)
 
@@ -155,7 +156,7 @@ def test_bytes_that_change_with_their_sums_are_looked_at_again(
     slot = files.entry(BASE, 4).slot
     data = IMAGE[4 * BLOCK_BYTES : 5 * BLOCK_BYTES]
     files.fill(slot, os.urandom(BLOCK_BYTES), sums=False)
-    before_reads(monkeypatch, lambda: None, lambda: None, lambda: files.fill(slot, data))
+    before_reads(monkeypatch, slot, lambda: None, lambda: None, lambda: files.fill(slot, data))
     assert verify(files.directory, files.run_dir).violations == []
 
 
@@ -195,7 +196,7 @@ def test_an_entry_that_was_seen_half_changed_is_looked_at_again(
 ) -> None:
     good = files.entry(BASE, 4)
     files.set_entry(BASE, 4, good._replace(zero=1))
-    check = verifying.check_masks
+    check = invariants.check_masks
 
     def checking(layer: object, block: int, entry: Entry) -> object:
         found = list(check(layer, block, entry))  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from tierblk import tending
 from tierblk.cache import look
 from tierblk.cli.entry import main
 from tierblk.core import BLOCK_BYTES, LocalDoor
-from tierblk.errors import CacheError
+from tierblk.errors import CacheError, DeviceError
 from tierblk.extent import Extent
 from tierblk.units import MIB
 
@@ -241,5 +241,5 @@ async def test_ranges_are_clamped(tmp_path: Path, run_dir: Path) -> None:
         assert found["evicted_bytes"] == BLOCK_BYTES
         pinned = await tending.pin(rig.cache, layer.layer_id, [Extent(1 << 50, 5)], pinned=True)
         assert pinned["pins"] == []
-        with pytest.raises(CacheError, match="has no layer 99"):
+        with pytest.raises(DeviceError, match="has no layer 99"):
             await tending.evict(rig.cache, 99, [])

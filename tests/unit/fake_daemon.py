@@ -13,6 +13,7 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,38 @@ from tierblk import address
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.control import ControlServer, report_end
-from tierblk.errors import CacheError, DaemonError, RemoteUnavailable, UnknownDevice
+from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable, UnknownDevice
+from tierblk.extent import Extent
 from tierblk.ready import Ready
 from tierblk.rundir import run_root
+
+
+class FakeCare:
+    """Of a cache with one layer, of 16 blocks, all cached."""
+
+    def __init__(self) -> None:
+        self.pins: list[list[int]] = []
+
+    def _check(self, layer_id: int) -> None:
+        if layer_id != 1:
+            raise DeviceError(f"the cache has no layer {layer_id}")
+
+    async def evict(self, layer_id: int, ranges: Sequence[Extent]) -> dict[str, Any]:
+        self._check(layer_id)
+        gone = sum(extent.clamp(1 << 20).length for extent in ranges)
+        return {"layer_id": layer_id, "evicted_bytes": gone, "dirty_bytes": 0, "busy_bytes": 0}
+
+    async def pin(self, layer_id: int, ranges: Sequence[Extent], *, pinned: bool) -> dict[str, Any]:
+        self._check(layer_id)
+        self.pins = [[extent.offset, extent.length] for extent in ranges] if pinned else []
+        return {"layer_id": layer_id, "pins": self.pins}
+
+    def drop(self, layer_id: int, pages: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        self._check(layer_id)
+        return {"layer_id": layer_id, "dropped_pages": sum(mask.bit_count() for _, mask in pages)}
+
+    async def collect(self, *, older_s: float, dry_run: bool) -> dict[str, Any]:
+        return {"layers": [], "cached_bytes": 0}
 
 
 class FakeDaemon:
@@ -36,6 +66,7 @@ class FakeDaemon:
         self.slow_detach = asyncio.Event()
         self.may_detach = asyncio.Event()
         self._devices: dict[str, dict[str, Any]] = {}
+        self._care = FakeCare()
 
     async def attach(self, config: Config, wishes: Wishes) -> dict[str, Any]:
         name = config.device.name
@@ -112,6 +143,10 @@ class FakeDaemon:
         if wait and "write_back" in device:
             device["write_back"]["dirty_bytes"] = 0
         return device
+
+    @property
+    def care(self) -> Any:
+        return self._care
 
     async def content(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
         self.device(name)

@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
             directory,
             lambda daemon, i=layer_id: daemon.request(  # type: ignore[misc]
                 "POST",
-                f"/v1/cache/layers/{i}/evict",
-                {"ranges": [[each.offset, each.length] for each in wanted]},
+                "/v1/cache/evict",
+                {"layer_id": i, "ranges": [[each.offset, each.length] for each in wanted]},
                 timeout_s=tended.CHANGE_TIMEOUT_S,
             ),
             lambda cache, i=layer_id: tending.evict(cache, i, wanted),  # type: ignore[misc]

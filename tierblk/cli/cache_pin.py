@@ -65,7 +65,7 @@ def _changed(args: argparse.Namespace) -> list[dict[str, Any]]:
             daemon,
             directory,
             lambda daemon, i=layer_id: daemon.request(  # type: ignore[misc]
-                "POST", f"/v1/cache/layers/{i}/pin", body, timeout_s=tended.CHANGE_TIMEOUT_S
+                "POST", "/v1/cache/pin", {"layer_id": i, **body}, timeout_s=tended.CHANGE_TIMEOUT_S
             ),
             lambda cache, i=layer_id: tending.pin(  # type: ignore[misc]
                 cache, i, [args.range], pinned=not args.remove

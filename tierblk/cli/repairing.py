@@ -60,8 +60,8 @@ def _by_daemon(
                 continue
             left = iter(pages)
             while batch := list(islice(left, PAGES_AT_ONCE)):
-                path = f"/v1/cache/layers/{record.layer_id}/drop"
-                answer = daemon.request("POST", path, {"pages": batch}, timeout_s=CHANGE_TIMEOUT_S)
+                body = {"layer_id": record.layer_id, "pages": batch}
+                answer = daemon.request("POST", "/v1/cache/drop", body, timeout_s=CHANGE_TIMEOUT_S)
                 done.pages += int(answer["dropped_pages"])
             shown_by = next((d for d in devices if _shows(d, record)), None)
             for block, mask in pages:
