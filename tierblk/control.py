@@ -49,6 +49,20 @@ OPERATIONS: list[Operation] = []
 
 _DEVICE = messages.Device | messages.WaitingDevice
 
+_TOP = {
+    "type": "object",
+    "description": "Counters only grow while a daemon lives, stamped with its own monotonic clock.",
+    "required": ["unix_s", "monotonic_s", "daemon", "cache", "devices", "remotes"],
+    "properties": {
+        "unix_s": {"type": "number"},
+        "monotonic_s": {"type": "number"},
+        "daemon": {"type": "object"},
+        "cache": {"type": "object"},
+        "devices": {"type": "array", "items": {"type": "object"}},
+        "remotes": {"type": "array", "items": {"type": "object"}},
+    },
+}
+
 
 def _operation(method: str, path: str, summary: str, answer: Any, **more: Any) -> Callable[[F], F]:
     """Makes a method of ControlServer an operation; more: further fields of Operation. The method gets a
@@ -108,6 +122,11 @@ class DaemonApi(Protocol):
 
     def info(self) -> dict[str, Any]:
         """At least pid, cache_dir, config_path and started (seconds since 1970)."""
+        ...
+
+    def top(self) -> dict[str, Any]:
+        """All counters and levels at this moment: "unix_s", "monotonic_s", "daemon" (as `info`), "cache",
+        "devices" with their latency counts, "remotes"; see tierblk/sample.py."""
         ...
 
     def request_stop(self) -> None:
@@ -249,6 +268,10 @@ class ControlServer:
     @_operation("GET", "/v1/daemon", "The daemon and its cache", messages.DaemonInfo)
     async def _info(self, call: Call) -> Any:
         return self.api.info()
+
+    @_operation("GET", "/v1/top", "All counters at one moment, as `tierblk top` takes them", _TOP)
+    async def _top(self, call: Call) -> Any:
+        return self.api.top()
 
     @_operation("GET", "/v1/devices", "All devices", messages.Devices)
     async def _devices(self, call: Call) -> Any:

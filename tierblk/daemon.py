@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tierblk import records, takeover
+from tierblk import records, sample, takeover
 from tierblk.bases import Bases
 from tierblk.cache import Cache
 from tierblk.care import Care
@@ -484,6 +484,14 @@ class Daemon:
         if shown["state"] == "ok" and trouble:
             shown["state"], shown["reason"] = "degraded", trouble
         return shown
+
+    def top(self) -> dict[str, Any]:
+        """See control.DaemonApi."""
+        counts = {name: device.latency_counts() for name, device in self._devices.items()}
+        tick_s = self._home.engine.tick_s() if self._home else 0.0
+        throttle = self._upkeep.throttle if self._upkeep else None
+        remotes = sample.remotes(self._stacks) if self._stacks else []
+        return sample.document(self.info(), self.devices(), counts, tick_s, throttle, remotes)
 
     def info(self) -> dict[str, Any]:
         """The daemon and its cache directory."""

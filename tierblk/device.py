@@ -415,12 +415,14 @@ class Device:
 
     # -- to be seen ---
 
+    def latency_counts(self) -> list[list[int]]:
+        """How many requests, by tier (TIERS) and bucket."""
+        return self._door.latencies() if self._door is not None else self._last_latencies
+
     def to_dict(self) -> dict[str, Any]:
         """The device as `tierblk status --json` shows it."""
         door = self._door
         stats = door.stats() if door is not None else self._last_stats
-        latencies = door.latencies() if door is not None else self._last_latencies
-        tick_s = self._home.engine.tick_s()
         base, volume, identity = self.stack.base, self.stack.volume, self.stack.identity
         counters, health = self.stack.counters, self.stack.health()
         state, reason = self.state, self.reason
@@ -433,8 +435,8 @@ class Device:
             "size_bytes": self.stack.size_bytes,
             **{key: stats.get(key, 0) for key in SHOWN_STATS},
             "latencies": {
-                tier: Latencies(counts, tick_s).to_dict()
-                for tier, counts in zip(TIERS, latencies, strict=False)
+                tier: Latencies(counts, self._home.engine.tick_s()).to_dict()
+                for tier, counts in zip(TIERS, self.latency_counts(), strict=False)
             },
             "fetched_bytes": counters.fetched_bytes,
             "remote_requests": counters.requests,

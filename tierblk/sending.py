@@ -38,6 +38,7 @@ class Sender:
         """demand: whether anybody waits for bytes of any remote. rng: uniform in [0, 1)."""
         self.trouble: TierblkError | None = None
         self.trouble_since: float | None = None
+        self._try_at_s: float | None = None  # of the loop's clock
         self.puts = self.stored_bytes = 0
         self._volume = volume
         self._demand = demand
@@ -97,13 +98,27 @@ class Sender:
                 self.failed(error)
                 if isinstance(error, RemoteUnavailable) and error.retry_after_s:
                     delay_s = max(delay_s, min(error.retry_after_s, DELAY_MOST_S))
-                await asyncio.sleep(delay_s * (0.5 + self._rng() / 2))
+                pause_s = delay_s * (0.5 + self._rng() / 2)
+                self._try_at_s = asyncio.get_running_loop().time() + pause_s
+                await asyncio.sleep(pause_s)
                 delay_s = min(2 * delay_s, DELAY_MOST_S)
             else:
                 if self.trouble is not None:
                     log.warning("%s: %s takes what is written again", volume.name, volume.shown)
-                self.trouble = self.trouble_since = None
+                self.trouble = self.trouble_since = self._try_at_s = None
                 return answer
+
+    @property
+    def sending(self) -> int:
+        """How many objects are on their way."""
+        return self._sending
+
+    @property
+    def next_try_s(self) -> float | None:
+        """In how many seconds what did not get through is sent again; None: nothing waits for that."""
+        if self.trouble is None or self._try_at_s is None:
+            return None
+        return max(0.0, self._try_at_s - asyncio.get_running_loop().time())
 
     def failed(self, error: TierblkError) -> None:
         """Nothing gets through, for this reason."""

@@ -80,6 +80,15 @@ class Upkeep:
             or self._slowness()
         )
 
+    @property
+    def throttle(self) -> dict[str, Any] | None:
+        """How writes that need a new slot are slowed down: {"reason": "upload" or "slots", whichever is too
+        slow, "bytes_per_s" of slots}; None: not at all."""
+        if self._pace_per_s is None:
+            return None
+        reason = "upload" if self._volumes is not None and self._volumes.slows else "slots"
+        return {"reason": reason, "bytes_per_s": round(self._pace_per_s * BLOCK_BYTES)}
+
     def _slowness(self) -> str | None:
         if self._pace_per_s is None:
             return None

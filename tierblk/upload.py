@@ -74,6 +74,8 @@ class Uploader:
         self._layer = layer
         self._create = create
         self._requests = requests
+        self.uploaded_bytes = 0
+        """Of pages that are in the store, before compression, so far."""
         self._compressor = _zstd if compression == "zstd" else None
 
     async def upload(self, epoch: int, attempt: bytes, blocks: list[Sealed]) -> Packed:
@@ -129,6 +131,7 @@ class Uploader:
             await self._create(str(ObjectName(epoch, attempt, group.n)), pieces)
             results[group.n] = (Data(group.n, length_bytes), runs, sums)
         packed.stored_bytes += length_bytes
+        self.uploaded_bytes += pages * PAGE_BYTES
 
 
 async def _in_thread(function: Callable[..., T], *args: object) -> T:

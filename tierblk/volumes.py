@@ -11,7 +11,7 @@ from tierblk.cache import Cache, dirt
 from tierblk.claim import Claims, Found, Wishes, catch_up
 from tierblk.config import Config
 from tierblk.core import PAGE_BYTES
-from tierblk.errors import CacheError, DeviceError, TierblkError
+from tierblk.errors import CacheError, DeviceError, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.far import FarVolume
 from tierblk.layer import Stack
 from tierblk.remote import Identity
@@ -214,9 +214,24 @@ class Volumes:
         return next((w.sender.trouble for w in self._writers.values() if w.sender.trouble is not None), None)
 
     def shown(self, far: FarVolume) -> dict[str, Any] | None:
-        """For status."""
+        """For status. "fullness": how much of what may be dirty is; writes are slowed from dirt.SLOW on."""
+        if (writer := self._writers.get(far.layer.layer_id)) is None:
+            return None
+        return {**writer.to_dict(), "fullness": self._fullness(writer, self._cache.engine.stats())}
+
+    def store_trouble(self, far: FarVolume) -> dict[str, Any] | None:
+        """Why what is written does not get into its store, in the words of Health; None: nothing is known
+        against the store."""
         writer = self._writers.get(far.layer.layer_id)
-        return writer.to_dict() if writer is not None else None
+        trouble = writer.sender.trouble if writer is not None else None
+        if writer is None or not isinstance(trouble, RemoteUnavailable | RemoteRefused):
+            return None  # what is wrong here is not the store's fault
+        return {
+            "state": "refused" if isinstance(trouble, RemoteRefused) else "degraded",
+            "since": writer.sender.trouble_since,
+            "reason": str(trouble),
+            "next_try_s": writer.sender.next_try_s,
+        }
 
 
 def far_of(stack: Stack) -> FarVolume | None:

@@ -80,6 +80,7 @@ class WriteBack:
         self.sender = Sender(volume, bytes_per_s=settings.upload_bandwidth, demand=demand, rng=rng)
         self._epoch_s = 0.0
         self._epoch_began_s: float | None = None
+        self._sealed_bytes = self._uploaded_before = 0  # of the epoch under way
         self._settings = settings
         clock = asyncio.get_running_loop().time
         self._clock = clock
@@ -186,6 +187,11 @@ class WriteBack:
             "dirty_bytes": self.volume.layer.dirty_pages() * PAGE_BYTES,
             "dirty_since": self.dirty_since,
             "uploading": self._flying is not None,
+            "sealed_bytes": self._sealed_bytes,
+            "sent_bytes": self._uploader.uploaded_bytes - self._uploaded_before if self._sealed_bytes else 0,
+            "sending": self.sender.sending,
+            "uploaded_bytes": self._uploader.uploaded_bytes,
+            "max_dirty_bytes": self.max_dirty_bytes,
             "epochs": self.epochs,
             "put_requests": self.sender.puts,
             "put_bytes": self.sender.stored_bytes,
@@ -193,6 +199,7 @@ class WriteBack:
             "fenced": self.volume.standing.fenced or None,
             "trouble": str(self.sender.trouble) if self.sender.trouble else None,
             "trouble_since": self.sender.trouble_since,
+            "next_try_s": self.sender.next_try_s,
         }
 
     def _refuse_hopeless(self) -> None:
@@ -276,6 +283,8 @@ class WriteBack:
             layer.seal()
             volume.standing = volume.standing.intend(number, attempt)
             blocks = await self._collect()
+            pages = sum((block.dirty & ~block.zero).bit_count() for block in blocks)
+            self._sealed_bytes, self._uploaded_before = pages * PAGE_BYTES, self._uploader.uploaded_bytes
             # R12: begun with the intent, and behind the last write that the epoch has, which may have been
             # under way at the seal: it would not be synced else (I13). It runs beside the upload.
             durable = asyncio.create_task(_as_coroutine(self._commit))
@@ -296,6 +305,7 @@ class WriteBack:
         finally:
             layer.end_epoch()
             self._flying = None
+            self._sealed_bytes = 0
             if outcome is None or outcome.attempt != attempt:
                 self._asked = waiting + self._asked
         if outcome is None:

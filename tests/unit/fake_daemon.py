@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tierblk import address
+from tierblk import address, sample
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.control import ControlServer, report_end
@@ -67,6 +67,7 @@ class FakeDaemon:
         self.may_detach = asyncio.Event()
         self._devices: dict[str, dict[str, Any]] = {}
         self._care = FakeCare()
+        self.rounds = 0
 
     async def attach(self, config: Config, wishes: Wishes) -> dict[str, Any]:
         name = config.device.name
@@ -173,6 +174,23 @@ class FakeDaemon:
             "cwd": os.getcwd(),
             "stdin": os.readlink("/proc/self/fd/0"),
         }
+
+    def top(self) -> dict[str, Any]:
+        """Each time a second later, in which every device has read and written 3 MiB in 60 requests."""
+        self.rounds += 1
+        n, now_s = self.rounds, 1000.0 + self.rounds
+        info = self.info() | {
+            "cache": {"slots": 256, "free": 100, "dirty_slots": 16, "quarantined": 4, "bad": 0}
+        }
+        for device in self._devices.values():
+            device |= {"hit_bytes": 3 * n * 2**20, "hit_requests": 60 * n}
+        counts = {name: [[0] * 40 + [60 * n]] for name in self._devices}
+        remotes = [
+            {"kind": "image", "url": d["url"], "state": d["state"], "reason": d["reason"], "fetched_bytes": 0}
+            for d in self._devices.values()
+        ]
+        found = sample.document(info, self.devices(), counts, 1e-9, None, remotes)
+        return found | {"monotonic_s": now_s}
 
     def request_stop(self) -> None:
         self.stopping.set()
