@@ -25,6 +25,7 @@ from tierblk.cli import (
     status,
     stop,
     sync,
+    top,
 )
 from tierblk.cli import list as list_
 from tierblk.cli.output import complain, put_json
@@ -37,7 +38,7 @@ exit codes:
 """
 
 # In the order in which one meets them. Each module has NAME, HELP, add_arguments(parser) and run(args).
-VERBS = (attach, detach, list_, status, sync, repin, stop, reap, check, cache, doctor, completion)
+VERBS = (attach, detach, list_, status, top, sync, repin, stop, reap, check, cache, doctor, completion)
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
