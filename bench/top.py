@@ -23,7 +23,7 @@ TICK_S = 1e-9
 BUCKETS = 160
 SLOT_BYTES = 65536
 BEGAN_UNIX_S = 1_790_000_000.0
-IMAGES = ("https://images.example.org/debian-13-generic-amd64.raw", "https://mirror.example.net/runner.img")
+IMAGES = ("https://images.example.org/debian-13-generic-amd64.raw", "https://ci.example.net/runner.img")
 
 
 @dataclass(frozen=True)

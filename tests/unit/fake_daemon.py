@@ -68,6 +68,7 @@ class FakeDaemon:
         self._devices: dict[str, dict[str, Any]] = {}
         self._care = FakeCare()
         self.rounds = 0
+        self.started = time.time()
 
     async def attach(self, config: Config, wishes: Wishes) -> dict[str, Any]:
         name = config.device.name
@@ -169,7 +170,7 @@ class FakeDaemon:
             "pid": os.getpid(),
             "cache_dir": str(self.config.cache.dir),
             "config_path": str(self.config.path),
-            "started": time.time(),
+            "started": self.started,
             "session_of_keeper": os.getsid(0) == os.getppid(),
             "cwd": os.getcwd(),
             "stdin": os.readlink("/proc/self/fd/0"),

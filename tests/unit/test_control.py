@@ -372,3 +372,10 @@ class TestClient:
         assert client.same_directory(tmp_path / "real", tmp_path / "link")
         assert client.same_directory(tmp_path / "none" / ".." / "x", tmp_path / "x")
         assert not client.same_directory(tmp_path / "real", tmp_path)
+
+
+async def test_all_counters_at_one_moment(server: control.ControlServer, tmp_path: Path) -> None:
+    await attach(server, document(tmp_path))
+    said = await ask(server, "GET", "/v1/top")
+    assert set(said) == {"unix_s", "monotonic_s", "daemon", "cache", "devices", "remotes"}
+    assert said["devices"][0]["latency_counts"]["hit"][-1] == 60

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from bench.top import sample
 from tests.cache_rig import make_engine, run_directory, settings
 from tierblk import config as configs
 from tierblk import driver, service
@@ -211,3 +212,21 @@ async def test_a_start_that_asks_a_silent_server_ends_when_it_is_stopped(
             await start
         await daemon.stop()
     assert not Path(document["cache"]["dir"]).exists()
+
+
+async def test_all_counters_at_one_moment(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The make-believe host of bench/top.py says nothing that a real one does not."""
+    said: dict[str, Any] = {}
+
+    async def wait(self: Daemon) -> None:
+        said.update(json.loads(json.dumps(self.top())))
+        self.request_stop()
+
+    monkeypatch.setattr(Daemon, "wait", wait)
+    await serve(config)
+    example = sample(0, 1.0)
+    assert set(said) == set(example)
+    assert set(example["daemon"]) <= set(said["daemon"])
+    assert set(example["cache"]) <= set(said["cache"])
+    assert said["cache"]["slots"] == said["cache"]["free"] > 0
+    assert (said["devices"], said["remotes"], said["cache"]["throttle"]) == ([], [], None)
