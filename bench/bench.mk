@@ -3,8 +3,9 @@
 #                    (docs/benchmarks.md); TIERBLK_BENCH_QUICK=1: only see that it runs
 #   make bench-cold  only the cold reads over a slow link, beside curl, nbdkit and QEMU
 #   make bench-instructions  instructions a hit, counted in an emulated VM: TREE=DIR of another checkout's tierblk
+#   make picture     draws docs/top.svg anew
 
-.PHONY: bench bench-cold bench-instructions
+.PHONY: bench bench-cold bench-instructions picture
 
 bench: setup
 	$(VENV)/bin/python -m bench
@@ -14,3 +15,6 @@ bench-cold: setup
 
 bench-instructions: setup
 	$(VENV)/bin/python -m bench instructions $(if $(TREE),--tree $(TREE))
+
+picture: setup
+	$(VENV)/bin/python -m bench.top picture docs/top.svg

@@ -13,6 +13,8 @@ import argparse
 import asyncio
 import io
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,7 +201,7 @@ def sample(number: int, at_s: float, *, unix_s: float | None = None) -> dict[str
     }
 
 
-def picture(path: Path, width: int = 100, height: int = 30, rounds: int = 90) -> None:
+def picture(path: Path, width: int = 100, height: int = 30, rounds: int = 96) -> None:
     """The overview after so many rounds, as SVG."""
     from rich.console import Console
 
@@ -220,7 +222,10 @@ def picture(path: Path, width: int = 100, height: int = 30, rounds: int = 90) ->
         record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(Drawing(overview(shown, view), footer(view), height), end="")
-    path.write_text(console.export_svg(title="tierblk top", unique_id="top"))
+    svg = console.export_svg(title="tierblk top", unique_id="top")
+    # Fonts of the reader's machine: nothing is fetched from elsewhere to show it.
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+    path.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n")
 
 
 async def serve(folder: Path, ready: Callable[[], None] = lambda: None) -> None:
@@ -257,6 +262,8 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     args = parser.parse_args()
     if args.what == "picture":
+        os.environ["TZ"] = "UTC"  # the same picture everywhere
+        time.tzset()
         picture(args.path)
         return
     try:

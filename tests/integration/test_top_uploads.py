@@ -75,14 +75,14 @@ async def test_a_store_that_takes_nothing_is_a_remote_in_trouble(world: World) -
 
 async def test_writes_that_are_slowed_say_by_what(world: World) -> None:
     a = await world.attached("a", max_dirty="1MiB")
-    assert a.upkeep.throttle is None
+    assert not a.upkeep.throttle
     world.store.go.clear()
     for block in range(15):
         await a.write(block * BLOCK_BYTES, b"1" * BLOCK_BYTES)
     a.upkeep.look_at_dirt()
-    assert a.upkeep.throttle is not None
-    assert a.upkeep.throttle["reason"] == "upload"
-    assert a.upkeep.throttle["bytes_per_s"] > 0
+    throttle = a.upkeep.throttle or {}
+    assert throttle.get("reason") == "upload"
+    assert throttle["bytes_per_s"] > 0
     world.store.go.set()
     await a.sync()
     await until(lambda: a.upkeep.throttle is None)

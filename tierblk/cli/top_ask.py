@@ -154,7 +154,7 @@ class Rounds:
 def _why(result: Any, pid: int) -> str:
     """A sentence for a person: what kept a sample from coming."""
     daemon = f"its daemon (pid {pid})" if pid else "its daemon"
-    if result is None:
+    if result is None or (isinstance(result, TierblkError) and "has not answered" in result.message):
         return f"{daemon} does not answer"
     if not isinstance(result, TierblkError):
         return f"{daemon} gave an answer that is not understood"

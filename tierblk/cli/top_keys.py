@@ -19,6 +19,7 @@ _SIGNALS = {
     signal.SIGCONT: CONTINUE,
     signal.SIGINT: END,
     signal.SIGTERM: END,
+    signal.SIGQUIT: END,
     signal.SIGHUP: END,
 }
 _SEQUENCES = {

@@ -87,7 +87,7 @@ class Table(Generic[T]):
         if self.is_stale(row):
             line = line.styled(STALE)
         if mark != " ":
-            line = Line([(piece, f"{style} reverse".strip()) for piece, style in line.pieces])
+            line = line.styled(f"{STALE} reverse" if self.is_stale(row) else "reverse")
         return line
 
 
