@@ -62,7 +62,9 @@ def device_page(picture: Picture, view: View) -> list[Line]:
     cache = next((cache for cache in picture.caches if cache.run_dir == device.run_dir), None)
     if cache is not None:
         lines += _cache(cache)
-    lines += [Line(), *_tiers(device, view), Line(), *_sparks(device, view), Line(), *_counters(device)]
+    past = f"the last {span(len(device.history) * view.interval_s)}".rjust(view.width - 14)
+    lines += [Line(), *_tiers(device, view), Line.of(past, "dim"), *_sparks(device, view)]
+    lines += [Line(), *_counters(device)]
     lines += _upload(device, view)
     only = picture.only([device.name])
     lines += trouble_lines(only, view.width)
