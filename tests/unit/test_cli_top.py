@@ -248,7 +248,9 @@ class TestTerminal:
         terminal.press("\x03")
         assert terminal.finish() == 130
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)])
+    @pytest.mark.parametrize(
+        ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)]
+    )
     def test_signals(self, terminal: Terminal, number: signal.Signals, code: int) -> None:
         terminal.process.send_signal(number)
         assert terminal.finish() == code
