@@ -487,11 +487,11 @@ class Daemon:
 
     def top(self) -> dict[str, Any]:
         """See control.DaemonApi."""
-        counts = {name: device.latency_counts() for name, device in self._devices.items()}
         tick_s = self._home.engine.tick_s() if self._home else 0.0
+        latencies = {name: device.latencies(tick_s) for name, device in self._devices.items()}
         throttle = self._upkeep.throttle if self._upkeep else None
         remotes = sample.remotes(self._stacks) if self._stacks else []
-        return sample.document(self.info(), self.devices(), counts, tick_s, throttle, remotes)
+        return sample.document(self.info(), self.devices(), latencies, tick_s, throttle, remotes)
 
     def info(self) -> dict[str, Any]:
         """The daemon and its cache directory."""

@@ -33,7 +33,7 @@ from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Engine, UblkDoor, ublk
 from tierblk.driver import STOP_MS, driver_error, send_try_stop
 from tierblk.errors import DeviceError
-from tierblk.latency import TIERS, Latencies
+from tierblk.latency import Latencies, by_tier
 from tierblk.layer import Stack
 from tierblk.planes import MEMORY_ALIGN_BYTES, cpus_of, flags_wanted, plane_of, queues_wanted
 from tierblk.records import DeviceRecord
@@ -82,7 +82,7 @@ class Device:
         self._cdev_fd = -1
         self._door: UblkDoor | None = None
         self._last_stats: dict[str, int] = {}
-        self._last_latencies: list[list[int]] = []
+        self._last_latencies: list[tuple[list[int], int]] = []
         self._safe_stop = False
         self._serving: set[int] = set()  # of each queue that has not ended, the descriptor that says so
         self._one_ended, self._ended = asyncio.Event(), asyncio.Event()
@@ -415,13 +415,13 @@ class Device:
 
     # -- to be seen ---
 
-    def latency_counts(self) -> list[list[int]]:
-        """How many requests, by tier (TIERS) and bucket."""
-        return self._door.latencies() if self._door is not None else self._last_latencies
+    def latencies(self, tick_s: float) -> dict[str, Latencies]:
+        """By tier, in ticks of that length."""
+        return by_tier(self._door.latencies() if self._door else self._last_latencies, tick_s)
 
     def to_dict(self) -> dict[str, Any]:
         """The device as `tierblk status --json` shows it."""
-        door = self._door
+        door, tick_s = self._door, self._home.engine.tick_s()
         stats = door.stats() if door is not None else self._last_stats
         base, volume, identity = self.stack.base, self.stack.volume, self.stack.identity
         counters, health = self.stack.counters, self.stack.health()
@@ -434,10 +434,7 @@ class Device:
             "plane": self.plane,
             "size_bytes": self.stack.size_bytes,
             **{key: stats.get(key, 0) for key in SHOWN_STATS},
-            "latencies": {
-                tier: Latencies(counts, self._home.engine.tick_s()).to_dict()
-                for tier, counts in zip(TIERS, self.latency_counts(), strict=False)
-            },
+            "latencies": {tier: found.to_dict() for tier, found in self.latencies(tick_s).items()},
             "fetched_bytes": counters.fetched_bytes,
             "remote_requests": counters.requests,
             "remote_retries": counters.retries,
@@ -474,6 +471,8 @@ SHOWN_STATS = (
     "zero_requests",
     "miss_requests",
     "errors",
+    "slot_errors",
+    "active",
     "waiting",
     "oldest_wait_ms",
     "enters",

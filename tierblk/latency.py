@@ -6,8 +6,11 @@ that on average."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 TIERS = ("hit", "zero", "miss", "memory", "write", "flush")
 """memory: hits in the memory tier, without the driver's copy into the request; hit: the others."""
@@ -18,17 +21,42 @@ def lower_bound_ticks(bucket: int) -> int:
     return (4 + bucket % 4) << (bucket // 4) if bucket else 0
 
 
+def bounds_s() -> tuple[float, ...]:
+    """Upper bounds of the buckets that others see, seconds, from a microsecond to 100 s, three a decade: the
+    core's own lie elsewhere on every machine, and are too many for others to keep."""
+    return (*(float(f"{step}e{decade}") for decade in range(-6, 2) for step in (1, 2, 5)), 100.0)
+
+
+@lru_cache(maxsize=8)
+def _begins(tick_s: float, buckets: int) -> tuple[int, ...]:
+    """For each bound the first of the core's buckets that may have something longer."""
+    tops_s = [lower_bound_ticks(bucket + 1) * tick_s for bucket in range(buckets - 1)]
+    return tuple(bisect_right(tops_s, bound_s * (1 + 1e-9)) for bound_s in bounds_s())
+
+
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Of one tier. counts: by bucket; tick_s: how long a tick is."""
+    """Of one tier. counts: by bucket; tick_s: how long a tick is; ticks: of all requests together."""
 
     counts: Sequence[int]
     tick_s: float
+    ticks: int = 0
 
     @property
     def total(self) -> int:
         """How many requests."""
         return sum(self.counts)
+
+    @property
+    def sum_s(self) -> float:
+        """How long all of them took together, seconds."""
+        return self.ticks * self.tick_s
+
+    def cumulative(self) -> list[int]:
+        """For each of `bounds_s` how many requests certainly took no longer; one of the core's buckets that
+        reaches beyond a bound counts at the next. With the same tick_s no number ever falls."""
+        so_far = list(accumulate(self.counts, initial=0))
+        return [so_far[begin] for begin in _begins(self.tick_s, len(self.counts))]
 
     def percentile_s(self, percent: float) -> float | None:
         """The latency that so many percent of the requests did not exceed, seconds, at most a quarter too
@@ -47,3 +75,10 @@ class Latencies:
             latency_s = self.percentile_s(percent)
             shown[f"p{percent:g}_us"] = None if latency_s is None else round(latency_s * 1e6, 1)
         return shown
+
+
+def by_tier(found: Iterable[tuple[Sequence[int], int]], tick_s: float) -> dict[str, Latencies]:
+    """What a door says, (counts, ticks) a tier, by the tier's name."""
+    return {
+        tier: Latencies(counts, tick_s, ticks) for tier, (counts, ticks) in zip(TIERS, found, strict=False)
+    }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from tierblk.latency import TIERS
+from tierblk.latency import Latencies
 from tierblk.layer import Filled
 from tierblk.stacks import Stacks
 
@@ -20,7 +20,7 @@ from tierblk.stacks import Stacks
 def document(
     info: Mapping[str, Any],
     devices: Sequence[dict[str, Any]],
-    counts: Mapping[str, Sequence[Sequence[int]]],
+    latencies: Mapping[str, Mapping[str, Latencies]],
     tick_s: float,
     throttle: dict[str, Any] | None,
     remotes: Sequence[dict[str, Any]],
@@ -28,27 +28,26 @@ def document(
     """{"unix_s", "monotonic_s", "daemon", "cache", "devices", "remotes"}, for JSON.
 
     info: Daemon.info; its cache is told apart, and has "throttle" added, see Upkeep.throttle. devices: as
-    `status` shows them. counts: of those that are served, by name, how many requests by tier and bucket, with
-    ticks of tick_s."""
+    `status` shows them. latencies: of those that are served, by name and tier; a tick of them is tick_s."""
     return {
         "unix_s": time.time(),
         "monotonic_s": time.monotonic(),
         "daemon": {key: value for key, value in info.items() if key != "cache"},
         "cache": {**info.get("cache", {}), "throttle": throttle},
         "devices": [
-            {**device, "tick_s": tick_s, "latency_counts": _by_tier(counts.get(device["name"], ()))}
+            {**device, "tick_s": tick_s, "latency_counts": _by_tier(latencies.get(device["name"], {}))}
             for device in devices
         ],
         "remotes": list(remotes),
     }
 
 
-def _by_tier(counts: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+def _by_tier(latencies: Mapping[str, Latencies]) -> dict[str, list[int]]:
     """Without the zeros at the end, which are most of them."""
     shown = {}
-    for tier, buckets in zip(TIERS, counts, strict=False):
-        empty = sum(1 for _ in takewhile(lambda count: not count, reversed(buckets)))
-        shown[tier] = list(buckets[: len(buckets) - empty])
+    for tier, found in latencies.items():
+        empty = sum(1 for _ in takewhile(lambda count: not count, reversed(found.counts)))
+        shown[tier] = list(found.counts[: len(found.counts) - empty])
     return shown
 
 

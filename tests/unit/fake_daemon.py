@@ -23,6 +23,7 @@ from tierblk.config import Config
 from tierblk.control import ControlServer, report_end
 from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable, UnknownDevice
 from tierblk.extent import Extent
+from tierblk.latency import by_tier
 from tierblk.ready import Ready
 from tierblk.rundir import run_root
 
@@ -185,7 +186,7 @@ class FakeDaemon:
         }
         for device in self._devices.values():
             device |= {"hit_bytes": 3 * n * 2**20, "hit_requests": 60 * n}
-        counts = {name: [[0] * 40 + [60 * n]] for name in self._devices}
+        counts = {name: by_tier([([0] * 40 + [60 * n], 0)], 1e-9) for name in self._devices}
         remotes = [
             {"kind": "image", "url": d["url"], "state": d["state"], "reason": d["reason"], "fetched_bytes": 0}
             for d in self._devices.values()

@@ -13,6 +13,7 @@ import pytest
 
 from tests.engine_rig import Rig, unpack_row
 from tierblk.core import BLOCK_BYTES, MAP_HEADER_BYTES, PAGE_BYTES, ROW_BYTES, Engine, crc32c
+from tierblk.latency import lower_bound_ticks
 
 TAIL_BYTES = 3 * 512
 IMAGE = random.Random(7).randbytes(40 * BLOCK_BYTES + TAIL_BYTES)
@@ -116,12 +117,16 @@ def test_latencies_are_counted_by_tier(rig: Rig) -> None:
     rig.finish(rig.read(0, 2 * BLOCK_BYTES))
     for _ in range(3):
         rig.finish(rig.read(0, BLOCK_BYTES))
-    hit, zero, miss, memory, write, flush = rig.door.latencies()
+    (hit, hit_ticks), (zero, _), (miss, miss_ticks), *others = rig.door.latencies()
     stats = rig.door.stats()
     assert [sum(hit), sum(zero), sum(miss)] == [stats[f"{t}_requests"] for t in ("hit", "zero", "miss")]
     assert sum(hit) > 0
     assert sum(miss) > 0
-    assert sum(memory) == sum(write) == sum(flush) == 0
+    assert [(sum(counts), ticks) for counts, ticks in others] == [(0, 0)] * 3
+    for counts, ticks in ((hit, hit_ticks), (miss, miss_ticks)):
+        least = sum(lower_bound_ticks(bucket) * count for bucket, count in enumerate(counts))
+        most = sum(lower_bound_ticks(bucket + 1) * count for bucket, count in enumerate(counts))
+        assert least <= ticks < most
     assert 1e-11 < rig.engine.tick_s() < 1e-6
 
 

@@ -10,6 +10,7 @@ import pytest
 from tierblk import sample
 from tierblk.errors import CacheError, RemoteRefused, RemoteUnavailable, TierblkError
 from tierblk.far import FarVolume
+from tierblk.latency import by_tier
 from tierblk.stacks import Stacks
 from tierblk.volumes import Volumes
 
@@ -26,7 +27,7 @@ def filled(url: str, state: str = "ok", **more: Any) -> SimpleNamespace:
 
 def test_counts_come_without_the_empty_buckets_at_their_ends() -> None:
     device = {"name": "a", "state": "ok"}
-    counts = {"a": [[0, 3, 0, 1, 0, 0], [0, 0], [5]]}
+    counts = {"a": by_tier([([0, 3, 0, 1, 0, 0], 9), ([0, 0], 0), ([5], 1)], 1e-9)}
     found = sample.document({"pid": 7, "cache": {"free": 3}}, [device], counts, 1e-9, None, [])
     assert found["devices"] == [
         device | {"tick_s": 1e-9, "latency_counts": {"hit": [0, 3, 0, 1], "zero": [], "miss": [5]}}

@@ -181,7 +181,7 @@ void tb_door_set_patience(tb_queue *door, uint32_t milliseconds);
 int tb_door_quit(tb_queue *door);
 int tb_door_close(tb_queue *door);
 void tb_door_stats(tb_queue *door, tb_stats *out);
-void tb_door_latencies(tb_queue *door, uint64_t *counts);
+void tb_door_latencies(tb_queue *door, uint64_t *counts, uint64_t *ticks);
 
 /* One ublk control command, waited for. Call it from a thread that may block, never from the event loop. */
 int tb_ublk_control(uint32_t cmd_op, uint32_t dev_id, uint16_t queue_id, void *payload, uint16_t length, uint64_t data, uint32_t timeout_ms);

@@ -217,6 +217,7 @@ struct tb_queue {
     tb_stats stats;
     uint64_t now; /* ticks of this turn */
     uint64_t latencies[TB_TIERS][TB_LATENCY_BUCKETS];
+    uint64_t latency_ticks[TB_TIERS]; /* all of them together */
 };
 
 typedef enum { FILL_FREE = 0, FILL_ASKED, FILL_WRITING } tb_fill_state;

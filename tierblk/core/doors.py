@@ -43,16 +43,15 @@ class Door:
         total = {name: sum(stats[name] for stats in each) for name in each[0]}
         return {**total, "oldest_wait_ms": max(stats["oldest_wait_ms"] for stats in each)}
 
-    def latencies(self) -> list[list[int]]:
-        """For each tier (hit, zero, miss, memory, write, flush) how many requests, by bucket (cdef.h)."""
-        total = [[0] * lib.TB_LATENCY_BUCKETS for _ in range(lib.TB_TIERS)]
-        out = ffi.new("uint64_t[]", lib.TB_TIERS * lib.TB_LATENCY_BUCKETS)
+    def latencies(self) -> list[tuple[list[int], int]]:
+        """For each tier (hit, zero, miss, memory, write, flush) how many requests, by bucket (cdef.h), and
+        how long all of them took together, in ticks."""
+        buckets, tiers = lib.TB_LATENCY_BUCKETS, lib.TB_TIERS
+        counts, ticks = ffi.new("uint64_t[]", tiers * buckets), ffi.new("uint64_t[]", tiers)
         for queue in self.queues:
-            lib.tb_door_latencies(queue, out)
-            counts = iter(out)
-            for tier in total:
-                tier[:] = [sum_ + next(counts) for sum_ in tier]
-        return total
+            lib.tb_door_latencies(queue, counts, ticks)
+        all_counts: Any = ffi.unpack(counts, tiers * buckets)
+        return [(all_counts[tier * buckets :][:buckets], ticks[tier]) for tier in range(tiers)]
 
     def drain(self) -> None:
         """Ends every parked and later miss in EIO; hits go on. Before STOP_DEV, always."""

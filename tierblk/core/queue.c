@@ -369,11 +369,13 @@ int tb_door_close(tb_queue *queue)
     return 0;
 }
 
-/* counts: TB_TIERS times TB_LATENCY_BUCKETS. */
-void tb_door_latencies(tb_queue *queue, uint64_t *counts)
+/* Adds this queue's: to counts, TB_TIERS times TB_LATENCY_BUCKETS, and to ticks, TB_TIERS. */
+void tb_door_latencies(tb_queue *queue, uint64_t *counts, uint64_t *ticks)
 {
     for (unsigned i = 0; i < TB_TIERS * TB_LATENCY_BUCKETS; i++)
-        counts[i] = TB_LOAD(&queue->latencies[0][0] + i);
+        counts[i] += TB_LOAD(&queue->latencies[0][0] + i);
+    for (unsigned tier = 0; tier < TB_TIERS; tier++)
+        ticks[tier] += TB_LOAD(&queue->latency_ticks[tier]);
 }
 
 void tb_door_stats(tb_queue *queue, tb_stats *out)

@@ -85,6 +85,7 @@ static void note_latency(tb_queue *queue, const tb_req *req, unsigned tier)
     unsigned octave = ticks < 4 ? 0 : 61 - (unsigned)__builtin_clzll(ticks);
     unsigned bucket = ticks < 4 ? 0 : 4 * octave + (unsigned)(ticks >> octave & 3);
     TB_COUNT(&queue->latencies[tier][bucket < TB_LATENCY_BUCKETS ? bucket : TB_LATENCY_BUCKETS - 1], 1);
+    TB_COUNT(&queue->latency_ticks[tier], ticks);
 }
 
 static void count_read(tb_req *req)
