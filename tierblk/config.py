@@ -179,6 +179,7 @@ class DaemonSettings(Settings):
 
     watchdog: Annotated[Seconds, values.duration(0, 3600)] = 60.0
     group: Annotated[str | None, values.GROUP] = None
+    metrics: Annotated[str | None, values.LOOPBACK] = None
 
 
 class Config(Settings):

@@ -32,6 +32,8 @@ from tierblk.errors import ConfigError, DaemonError, TierblkError
 from tierblk.extent import Extent
 from tierblk.openapi import Operation
 from tierblk.rundir import END_NAME, INFO_NAME, SOCKET_NAME, socket_address
+from tierblk.scrape import Scraper
+from tierblk.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,9 @@ class DaemonApi(Protocol):
     def top(self) -> dict[str, Any]:
         """All counters and levels at this moment: "unix_s", "monotonic_s", "daemon" (as `info`), "cache",
         "devices" with their latency counts, "remotes"; see tierblk/sample.py."""
+
+    async def snapshot(self) -> Snapshot:
+        """What monitoring shows, taken a device at a time."""
         ...
 
     def request_stop(self) -> None:
@@ -145,6 +150,7 @@ class ControlServer:
         self.api = api
         self.run_dir = run_dir
         self._gid = gid
+        self.scraper = Scraper(api.snapshot)
         self._runner: web.AppRunner | None = None
         self._attaching: set[asyncio.Transport] = set()
         self._running: set[asyncio.Task[web.StreamResponse]] = set()
@@ -268,6 +274,10 @@ class ControlServer:
     @_operation("GET", "/v1/daemon", "The daemon and its cache", messages.DaemonInfo)
     async def _info(self, call: Call) -> Any:
         return self.api.info()
+
+    @_operation("GET", "/metrics", "What there is to count, for Prometheus", None, media="text/plain")
+    async def _metrics(self, call: Call) -> Any:
+        return await self.scraper.answer(call.request)
 
     @_operation("GET", "/v1/top", "All counters at one moment, as `tierblk top` takes them", _TOP)
     async def _top(self, call: Call) -> Any:

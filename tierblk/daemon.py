@@ -34,6 +34,7 @@ from tierblk.readings import Readings
 from tierblk.records import DeviceRecord
 from tierblk.remote import RawImage, open_source, open_store, read_birth
 from tierblk.rundir import run_root
+from tierblk.snapshot import Snapshot
 from tierblk.stacks import NO_WISHES, Stacks
 from tierblk.takeover import TakeOver
 from tierblk.upkeep import Upkeep, watermarks
@@ -69,6 +70,8 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._hands_over = False
         self._started = time.time()
+        self._tick_s = 0.0
+        self.warnings: list[str] = []  # of the daemon itself, for all who ask
         self._upkeep: Upkeep | None = None
         self._care: Care | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -483,6 +486,7 @@ class Daemon:
                 shown["state"], shown["reason"], shown["read_only"] = "fenced", far.standing.fenced, True
         if shown["state"] == "ok" and trouble:
             shown["state"], shown["reason"] = "degraded", trouble
+        shown["warnings"] = [*shown["warnings"], *self.warnings]
         return shown
 
     def top(self) -> dict[str, Any]:
@@ -492,6 +496,19 @@ class Daemon:
         throttle = self._upkeep.throttle if self._upkeep else None
         remotes = sample.remotes(self._stacks) if self._stacks else []
         return sample.document(self.info(), self.devices(), latencies, tick_s, throttle, remotes)
+
+    async def snapshot(self) -> Snapshot:
+        """See control.DaemonApi."""
+        assert self._cache is not None
+        assert self._stacks is not None
+        # Measured once: counts must never move to another bucket.
+        self._tick_s = self._tick_s or self._cache.engine.tick_s()
+        devices, latencies = [waiting.to_dict() for waiting in self._takeovers.values()], {}
+        for device in list(self._devices.values()):
+            devices.append(self._shown(device))
+            latencies[device.name] = device.latencies(self._tick_s)
+            await asyncio.sleep(0)  # misses are served between devices
+        return Snapshot(self.info(), devices, latencies, self._stacks.remotes())
 
     def info(self) -> dict[str, Any]:
         """The daemon and its cache directory."""
@@ -503,6 +520,9 @@ class Daemon:
             "config_path": str(self._config.path),
             "cache": cache.stats() if cache else {},
             "fills": self._fills.busy if self._fills else 0,
+            "slot_write_failure": self._fills.slot_write_failure if self._fills else None,
+            "throttle": self._upkeep.throttle if self._upkeep else None,
+            "warnings": self.warnings,
         }
 
 

@@ -83,6 +83,11 @@ class Filled:
         return self.layer.size_bytes
 
     @property
+    def remote(self) -> str:
+        """Where it is fetched from, without what is secret in that."""
+        return self.fetcher.source.identity.shown
+
+    @property
     def patience_s(self) -> float:
         """The longest of its devices: a fetch is worth trying for so long. inf: for ever; 0: for as long as
         remote.retries says."""
@@ -98,7 +103,7 @@ class Filled:
     def worked(self) -> None:
         """A fetch brought its bytes."""
         if self.trouble is not None:
-            log.warning("%s answers again", self.fetcher.source.identity.shown)
+            log.warning("%s answers again", self.remote)
         self.trouble = None
 
     def health(self) -> Health:

@@ -13,6 +13,7 @@ from tierblk.control import ControlServer, group_id, report_end
 from tierblk.daemon import Daemon
 from tierblk.errors import CacheError
 from tierblk.ready import Ready
+from tierblk.scrape import MetricsServer
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,14 @@ async def _serve(config: Config, ready: Ready) -> None:
     loop.add_signal_handler(signal.SIGINT, daemon.request_stop)
     loop.add_signal_handler(signal.SIGTERM, partial(daemon.request_stop, hand_over=True))
     control: ControlServer | None = None
+    metrics: MetricsServer | None = None
     try:
         await daemon.start()
         control = ControlServer(daemon, daemon.run_dir, gid)
         await control.start()
+        if (address := config.daemon.metrics) is not None:
+            metrics = MetricsServer(control.scraper, address, daemon.warnings)
+            await metrics.start()
         settle_collector()
         ready.serves(control.socket_path)
         await daemon.wait()
@@ -48,6 +53,8 @@ async def _serve(config: Config, ready: Ready) -> None:
         daemon.request_stop(hand_over=True)
         raise
     finally:
+        if metrics is not None:
+            await metrics.close()
         await _end(daemon, control)
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 
 from tierblk import partition
 from tierblk.bases import Bases
@@ -17,6 +18,7 @@ from tierblk.core import LocalDoor
 from tierblk.errors import CacheError, DeviceError
 from tierblk.layer import Stack, Volume
 from tierblk.remote import Identity
+from tierblk.snapshot import Remote
 from tierblk.volumes import Volumes, far_of
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,14 @@ class Stacks:
         self.volumes = volumes
         self._cache = cache
         self._executor = executor
+
+    def remotes(self) -> list[Remote]:
+        """Of all layers that are open and fetched."""
+        layers = {**self.bases.by_layer, **self.volumes.by_layer}
+        return [
+            Remote(number, filled.remote, filled.health()["state"], asdict(filled.fetcher.counters))
+            for number, filled in layers.items()
+        ]
 
     async def open(
         self,

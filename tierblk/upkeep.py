@@ -90,13 +90,11 @@ class Upkeep:
         return {"reason": reason, "bytes_per_s": round(self._pace_per_s * BLOCK_BYTES)}
 
     def _slowness(self) -> str | None:
-        if self._pace_per_s is None:
+        if (throttle := self.throttle) is None:
             return None
-        if self._volumes is not None and self._volumes.slows:
-            why = "volumes are written faster than they are uploaded"
-        else:
-            why = "volumes are written faster than room is made for them"
-        pace = format_size(round(self._pace_per_s) * BLOCK_BYTES)
+        faster_than = {"upload": "they are uploaded", "slots": "room is made for them"}[throttle["reason"]]
+        pace = format_size(throttle["bytes_per_s"])
+        why = f"volumes are written faster than {faster_than}"
         return f"{why}: what is new is slowed down to {pace} of slots a second"
 
     def _upload_trouble(self) -> str | None:

@@ -7,6 +7,7 @@ shows (openapi.py).
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 import re
@@ -234,6 +235,32 @@ def endpoint(value: object) -> str:
     return text
 
 
+def loopback(value: object) -> str:
+    """Where metrics are served: an address that only this machine reaches, and a port."""
+    text = string(value)
+    try:
+        address = ipaddress.ip_address(host_and_port(text)[0])
+    except ValueError:
+        raise ValueError(
+            'must be a loopback address and a port, such as "127.0.0.1:9464" or "[::1]:9464", '
+            f"is {quoted(text)}"
+        ) from None
+    if not address.is_loopback:
+        raise ValueError(
+            "must be a loopback address (127.0.0.1 or [::1]), since there is neither a password nor TLS, "
+            f"is {quoted(text)}; what carries it further, such as a proxy, belongs in front of it"
+        )
+    return text
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """(address, port) of "127.0.0.1:9464" or "[::1]:9464". ValueError: it is none of them."""
+    found = re.fullmatch(r"(?:([0-9.]{7,15})|\[([0-9a-f:.]{2,45})\]):([0-9]{1,5})", text, re.ASCII | re.I)
+    if found is None or not 1 <= int(found[3]) <= 65535:
+        raise ValueError(f"{quoted(text)} is not an address and a port")
+    return found[1] or found[2], int(found[3])
+
+
 def word(value: object) -> str:
     """A name that others gave, in printable ASCII without spaces."""
     text = string(value)
@@ -300,5 +327,6 @@ IMAGE_URL = _validated(url, text("^(https?|file)://"))
 STORE_URL = _validated(store_url, text("^(s3|gs|az|file)://"))
 ENDPOINT = _validated(endpoint, text("^https?://"))
 WORD = _validated(word, text(r"^[\x21-\x7e]{1,200}$"))
+LOOPBACK = _validated(loopback, text(r"^[^\s]+:[0-9]{1,5}$"))
 GROUP = _validated(group, text(f"^{GROUP_PATTERN}$"))
 HEADERS = _validated(headers, dict[text(f"^{_HEADER}$"), text(r"^[\t\x20-\x7e]*$")])  # type: ignore[misc]

@@ -196,6 +196,7 @@ class WriteBack:
             "put_requests": self.sender.puts,
             "put_bytes": self.sender.stored_bytes,
             "durability": self._settings.durability,
+            "held": self.volume.standing.held,
             "fenced": self.volume.standing.fenced or None,
             "trouble": str(self.sender.trouble) if self.sender.trouble else None,
             "trouble_since": self.sender.trouble_since,

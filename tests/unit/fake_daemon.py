@@ -26,6 +26,7 @@ from tierblk.extent import Extent
 from tierblk.latency import by_tier
 from tierblk.ready import Ready
 from tierblk.rundir import run_root
+from tierblk.snapshot import Remote, Snapshot
 
 
 class FakeCare:
@@ -193,6 +194,14 @@ class FakeDaemon:
         ]
         found = sample.document(info, self.devices(), counts, 1e-9, None, remotes)
         return found | {"monotonic_s": now_s}
+
+    async def snapshot(self) -> Snapshot:
+        latencies = {name: by_tier([([0] * 40 + [3], 150)] * 6, 1e-6) for name in self._devices}
+        remotes = [
+            Remote(number, str(device["url"]), str(device["state"]), {"requests": 4})
+            for number, device in enumerate(self.devices(), 1)
+        ]
+        return Snapshot(self.info(), self.devices(), latencies, remotes)
 
     def request_stop(self) -> None:
         self.stopping.set()

@@ -61,7 +61,11 @@ def test_one_file_opens_lmdb() -> None:
 def test_aiohttp_is_known_where_it_is_used() -> None:
     stores = ("az", "bucket", "exchange", "gs", "s3")
     client = {f"remote/{name}.py" for name in (*stores, "client", "direct", "http")}
-    assert users_of("aiohttp") == {*client, "tierblk/calls.py", "tierblk/control.py"}
+    assert users_of("aiohttp") == {*client, "tierblk/calls.py", "tierblk/control.py", "tierblk/scrape.py"}
+
+
+def test_one_file_knows_the_text_format_of_metrics() -> None:
+    assert users_of("prometheus_client") == {"tierblk/metrics.py"}
     control = imported(ROOT / "tierblk" / "control.py")
     assert {name for name in control if name.startswith("aiohttp")} == {"aiohttp", "aiohttp.web"}  # no client
 

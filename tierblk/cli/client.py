@@ -94,6 +94,14 @@ class Daemon:
             raise from_dict(document.get("error"))
         return document
 
+    def text(self, path: str) -> str:
+        """GET of what is no JSON. Raises as `request`."""
+        answer = self.read(path)
+        try:
+            return answer.decode()
+        except ValueError:
+            raise DaemonError(f"{self} gave an answer that is not understood") from None
+
     def _call(self, method: str, path: str, body: str | None, timeout_s: float | None) -> tuple[int, bytes]:
         timeout_s = timeout_s or self.timeout_s
         connection = _Connection(self.run_dir, timeout_s)

@@ -19,6 +19,7 @@ from tierblk.cli import (
     completion,
     detach,
     doctor,
+    metrics,
     reap,
     repin,
     serve,
@@ -38,7 +39,22 @@ exit codes:
 """
 
 # In the order in which one meets them. Each module has NAME, HELP, add_arguments(parser) and run(args).
-VERBS = (attach, detach, list_, status, top, sync, repin, stop, reap, check, cache, doctor, completion)
+VERBS = (
+    attach,
+    detach,
+    list_,
+    status,
+    top,
+    sync,
+    repin,
+    stop,
+    reap,
+    check,
+    cache,
+    metrics,
+    doctor,
+    completion,
+)
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

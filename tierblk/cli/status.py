@@ -79,6 +79,8 @@ def _all(args: argparse.Namespace) -> int:
 
 def _put_daemon(daemon: Daemon, info: dict[str, Any], devices: list[dict[str, Any]]) -> None:
     put(f"cache {info.get('cache_dir')}, daemon {info.get('pid')}, {len(devices)} attached")
+    for warning in info.get("warnings") or ():
+        put(f"warning: {warning}")
     put("")
     for device in devices:
         _put_device(device)
