@@ -16,7 +16,7 @@ from tests.cache_rig import run_directory
 from tests.faults import FaultServer
 from tests.unit.test_records import RECORD
 from tierblk import config as configs
-from tierblk import records, takeover
+from tierblk import metrics, records, takeover
 from tierblk.config import Config
 from tierblk.core import ublk
 from tierblk.daemon import Daemon
@@ -65,14 +65,18 @@ async def test_status_list_info_errors_and_log_of_a_daemon(
         served = Daemon(daemon(url))
         await served.start()
 
-        def tell() -> None:
+        async def tell() -> None:
             told.append(json.dumps([served.devices(), served.device("disk"), served.info()]))
+            text = metrics.exposition(await served.snapshot()).decode()
+            assert 'tierblk_device_state{device="disk"' in text
+            assert "?…" in text
+            told.append(text)
 
         told.append(json.dumps(await served.attach(daemon(url))))
         assert served._stacks is not None
         (base,) = served._stacks.bases.by_layer.values()
         assert base.image.identity.url == url, "the whole address is the key"
-        tell()
+        await tell()
         for faults in ("stall-head", "", "whole"):
             server.set_faults(faults)
             try:
@@ -82,7 +86,7 @@ async def test_status_list_info_errors_and_log_of_a_daemon(
                 base.failed(error)
             else:
                 base.worked()
-            tell()
+            await tell()
         base.fetcher._outage.join(Silent())
         told.append(str(base.health()["reason"]))
         assert told[-1].endswith("is silent")

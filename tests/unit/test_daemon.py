@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -230,3 +231,23 @@ async def test_all_counters_at_one_moment(config: Config, monkeypatch: pytest.Mo
     assert set(example["cache"]) <= set(said["cache"])
     assert said["cache"]["slots"] == said["cache"]["free"] > 0
     assert (said["devices"], said["remotes"], said["cache"]["throttle"]) == ([], [], None)
+
+
+async def test_a_port_for_metrics_that_is_taken_holds_nobody_up(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    async def wait(self: Daemon) -> None:
+        told.append(self.info()["warnings"][:])
+        self.request_stop()
+
+    monkeypatch.setattr(Daemon, "wait", wait)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        document = {**config.to_document(), "daemon": {"metrics": address}}
+        await serve(configs.parse(document, config.path))
+    ((warning,),) = told
+    assert warning.startswith(f"no metrics at daemon.metrics = {address}: ")
+    await serve(configs.parse(document, config.path))
+    assert told[1] == []
