@@ -22,6 +22,9 @@ PIP := $(BIN)/pip --disable-pip-version-check
 NATIVE_PACKAGES := gcc libc6-dev liburing-dev pkg-config nginx-light openssl curl fdisk qemu-utils
 CORE_SOURCES := $(wildcard tierblk/core/*.c tierblk/core/*.h tierblk/core/build.py)
 
+# Debian's Prometheus, which the tests of metrics ask: unpacked only, since installing it starts a server and takes port 9090.
+PROMETHEUS := $(or $(TIERBLK_BUILD_DIR),$(BUILD))/prometheus
+
 .PHONY: help setup packages build check test test-native openapi clean
 
 help:
@@ -59,6 +62,14 @@ $(VENV)/.built: $(VENV)/.dependencies setup.py $(CORE_SOURCES)
 
 build: packages $(VENV)/.built
 
+$(PROMETHEUS)/usr/bin/promtool:
+	@echo "== Debian's prometheus, unpacked in $(PROMETHEUS)"
+	rm -rf $(PROMETHEUS).new && mkdir -p $(PROMETHEUS).new
+	cd $(PROMETHEUS).new && { apt-get -q download prometheus || { $(SUDO) apt-get update; apt-get -q download prometheus; }; }
+	dpkg-deb -x $(PROMETHEUS).new/prometheus_*.deb $(PROMETHEUS).new
+	rm -rf $(PROMETHEUS).new/*.deb $(PROMETHEUS) && mv $(PROMETHEUS).new $(PROMETHEUS)
+	@touch $@
+
 check: build
 	@echo "== lint, types, import contracts"
 	$(BIN)/ruff format --check .
@@ -66,7 +77,7 @@ check: build
 	.ci/tick $(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-native: check
+test-native: check $(PROMETHEUS)/usr/bin/promtool
 	@echo "== unit and integration tests, by two processes, a file at a time"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
