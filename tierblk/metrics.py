@@ -108,10 +108,25 @@ _EPOCHS: Table = (
 )
 
 
-def exposition(snapshot: Snapshot, *, now_unix_s: float | None = None) -> bytes:
-    """All there is to say, for CONTENT_TYPE. Of any thread."""
-    now_unix_s = time.time() if now_unix_s is None else now_unix_s
-    return generate_latest(_Said([*families(snapshot, now_unix_s), *_process()]))
+def exposition(snapshot: Snapshot) -> bytes:
+    """All there is to say, for CONTENT_TYPE."""
+    return b"".join([*pieces(snapshot, time.time()), process()])
+
+
+def pieces(snapshot: Snapshot, now_unix_s: float) -> Iterator[bytes]:
+    """The same without `process`, in pieces of which each is made in a millisecond or less: many devices have
+    thousands of lines, and the event loop has others to serve."""
+    last = ""
+    for family in families(snapshot, now_unix_s):
+        text = generate_latest(_Said([family]))
+        # A family is said in one go, under one head.
+        yield text.split(b"\n", 2)[2] if family.name == last else text
+        last = family.name
+
+
+def process() -> bytes:
+    """Memory, CPU and open files of this process, by the names that every exporter has."""
+    return generate_latest(ProcessCollector(registry=None))  # in no registry
 
 
 class _Said(Collector):
@@ -159,13 +174,8 @@ def document_of(said: Sequence[Metric]) -> dict[str, Any]:
     }
 
 
-def _process() -> Iterator[Metric]:
-    """Memory, CPU and open files of this process, by the names that every exporter has."""
-    yield from ProcessCollector(registry=None).collect()  # in no registry
-
-
 def families(snapshot: Snapshot, now_unix_s: float) -> Iterator[Metric]:
-    """Everything but the process itself."""
+    """Everything but the process itself; one of many samples comes as several of one name."""
     build = {"version": tierblk.__version__, "python": platform.python_version()}
     yield Info("tierblk_build", "The version that runs.", value=build)
     yield from _cache(snapshot.info)
@@ -174,7 +184,7 @@ def families(snapshot: Snapshot, now_unix_s: float) -> Iterator[Metric]:
     served = [device for device in snapshot.devices if "requests" in device]
     yield from _devices(snapshot.devices, served)
     yield from _volumes(served, now_unix_s)
-    yield _latencies(snapshot.latencies)
+    yield from _latencies(snapshot.latencies)
 
 
 # -- the cache directory ---
@@ -335,15 +345,15 @@ def _age_s(far: Mapping[str, Any], now_unix_s: float) -> float:
     return max(0.0, now_unix_s - since) if since and far.get("dirty_bytes") else 0.0
 
 
-def _latencies(found: Mapping[str, Mapping[str, Latencies]]) -> Metric:
+def _latencies(found: Mapping[str, Mapping[str, Latencies]]) -> Iterator[Metric]:
     what = (
         "How long requests took, from the turn of the queue in which they came to the one in which they were "
         "done. Tier hit is without memory. What lies less than a quarter below a bound may count at the next."
     )
-    family = Histogram("tierblk_device_latency_seconds", what, labels=["device", "tier"])
     bounds = [str(floatToGoString(bound_s)) for bound_s in bounds_s()]  # type: ignore[no-untyped-call]
     for name, tiers in found.items():
+        family = Histogram("tierblk_device_latency_seconds", what, labels=["device", "tier"])
         for tier, latencies in tiers.items():
             buckets = [*zip(bounds, latencies.cumulative(), strict=True), ("+Inf", latencies.total)]
             family.add_metric([name, tier], buckets, latencies.sum_s)
-    return family
+        yield family

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from types import ModuleType
 
 from aiohttp import web
 
@@ -26,7 +28,8 @@ _SHUTDOWN_S = 0.5
 
 
 class Scraper:
-    """Makes the answer: the snapshot on the event loop, the text in a thread."""
+    """Makes the answer, on the event loop and in pieces: in a thread it would hold the interpreter, and so
+    misses, for longer."""
 
     def __init__(self, snapshot: Callable[[], Awaitable[Snapshot]]) -> None:
         self._snapshot = snapshot
@@ -46,14 +49,19 @@ class Scraper:
             task.exception()  # those who wait, if they still do, have got it
 
     async def _text(self) -> tuple[bytes, str]:
-        return await asyncio.to_thread(_render, await self._snapshot())
+        metrics = await asyncio.to_thread(_metrics)
+        texts = [await asyncio.to_thread(metrics.process)]
+        for piece in metrics.pieces(await self._snapshot(), time.time()):
+            texts.append(piece)
+            await asyncio.sleep(0)
+        return b"".join(texts), metrics.CONTENT_TYPE
 
 
-def _render(snapshot: Snapshot) -> tuple[bytes, str]:
-    # Most daemons are never asked: what this takes to import costs none of their start.
+def _metrics() -> ModuleType:
+    """Most daemons are never asked: what this takes to import costs none of their start."""
     from tierblk import metrics
 
-    return metrics.exposition(snapshot), metrics.CONTENT_TYPE
+    return metrics
 
 
 class MetricsServer:
