@@ -19,8 +19,8 @@ from tests.conftest import ROOT
 LIMIT_S = 50.0
 _CONFIG = """\
 global:
-  scrape_interval: 200ms
-  evaluation_interval: 200ms
+  scrape_interval: 1s
+  evaluation_interval: 1s
 rule_files: [{rules}]
 scrape_configs:
   - job_name: tierblk
@@ -46,7 +46,7 @@ def promtool(*words: str | Path, stdin: bytes | None = None) -> str:
 
 
 class Prometheus:
-    """Scrapes addresses five times a second, and answers queries."""
+    """Scrapes addresses once a second, and answers queries."""
 
     def __init__(self, folder: Path, targets: Sequence[str], rules: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
