@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -114,7 +115,8 @@ class MetricsServer:
             self._listener = await loop.create_server(self._protocol, host, port, backlog=CONNECTIONS_MAX)
         except OSError as error:
             if self._warning is None:
-                reason = (error.strerror or str(error)).lower()
+                # asyncio's own words repeat the address.
+                reason = os.strerror(error.errno).lower() if error.errno else str(error)
                 self._warning = f"no metrics at daemon.metrics = {self.address}: {reason}; it is tried again"
                 self._warnings.append(self._warning)
                 log.error("%s; `tierblk metrics` works without it", self._warning)

@@ -243,8 +243,8 @@ class TestPort:
         server._again_s = 0.01
         await server.start()
         (warning,) = warnings
-        assert warning.startswith(f"no metrics at daemon.metrics = {address}: ")
-        assert "address already in use" in warning
+        reason = "address already in use; it is tried again"
+        assert warning == f"no metrics at daemon.metrics = {address}: {reason}"
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         holder.close()
         assert server._trying is not None
