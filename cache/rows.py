@@ -47,13 +47,18 @@ def pack_row(entries: Sequence[Entry]) -> bytes:
 
 def unpack_row(packed: bytes) -> list[Entry]:
     """The 64 entries of a row. ValueError says what is wrong with it: its length or its checksum."""
+    check_row(packed)
+    return entries_of(packed)
+
+
+def check_row(packed: bytes) -> None:
+    """ValueError says what is wrong with a row: its length or its checksum."""
     if len(packed) != ROW_BYTES:
         raise ValueError(f"a row has {ROW_BYTES} bytes, not {len(packed)}")
     (expected,) = _CRC.unpack_from(packed, ENTRIES_BYTES)
     actual = crc32c(packed[:ENTRIES_BYTES])
     if actual != expected:
         raise ValueError(f"the row's checksum is {actual:08x}, it says {expected:08x}")
-    return entries_of(packed)
 
 
 def entries_of(packed: bytes) -> list[Entry]:

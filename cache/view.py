@@ -35,9 +35,10 @@ from tierblk.cache.rows import (
     NO_ENTRY,
     ROW_ENTRY_BYTES,
     Entry,
+    check_row,
     entries_in,
+    entries_of,
     pack_entries,
-    unpack_row,
 )
 from tierblk.cache.start import is_current
 from tierblk.cache.superblock import COPIES, COPY_BYTES, SLOT_BYTES, Superblock
@@ -47,6 +48,7 @@ from tierblk.extent import block_count, valid_pages
 
 _PIECE_BYTES = 1 << 20
 _NO_ROW = 1 << 63
+_PIECE_ROWS = 1024
 
 
 class State(Enum):
@@ -161,31 +163,47 @@ class LayerView:
             ) from None
 
     def _of_rows(self, index: Index, first_block: int, end_block: int) -> Iterator[Piece]:
+        """Neighbouring rows make one piece: a large layer has hundreds of thousands."""
         first, end = first_block // ENTRIES_PER_ROW, -(-end_block // ENTRIES_PER_ROW)
         to_the_end = _NO_ROW if end_block == self.blocks else end
+        begin, run = first, list[bytes]()
         for row, packed in self._rows(index, first, to_the_end):
             if not packed:
                 continue
             if row >= end:
                 self.row_faults[row] = "the row lies beyond the end of the layer"
                 continue
-            block = row * ENTRIES_PER_ROW
-            blocks = min(ENTRIES_PER_ROW, self.blocks - block)
-            try:
-                entries = unpack_row(packed)
-                if any(packed[blocks * ROW_ENTRY_BYTES : ENTRIES_BYTES]):
-                    raise ValueError("the row holds something beyond the end of the layer")
-            except ValueError as error:
-                self.row_faults[row] = str(error)
-                if not self.record.is_volume:
-                    continue  # it is fetched again
-                lost = [Entry(present=valid_pages(block + i, self.record.size_bytes)) for i in range(blocks)]
-                yield _piece(block, lost)
+            entries = self._believed(row, packed)
+            if entries is None:
                 continue
-            if self._replayed is not None and self.record.is_volume:
-                yield _piece(block, [_dirty_only(entry) for entry in entries[:blocks]])
-                continue
-            yield Piece(block, packed[: blocks * ROW_ENTRY_BYTES], ROW_ENTRY_BYTES)
+            if row != begin + len(run) or len(run) == _PIECE_ROWS:
+                if run:
+                    yield self._joined(begin, run)
+                begin, run = row, []
+            run.append(entries)
+        if run:
+            yield self._joined(begin, run)
+
+    def _joined(self, row: int, run: list[bytes]) -> Piece:
+        block = row * ENTRIES_PER_ROW
+        return Piece(block, b"".join(run)[: (self.blocks - block) * ROW_ENTRY_BYTES], ROW_ENTRY_BYTES)
+
+    def _believed(self, row: int, packed: bytes) -> bytes | None:
+        """The 64 packed entries of a row as an opening would have them; None: none of them."""
+        held = min(ENTRIES_PER_ROW, self.blocks - row * ENTRIES_PER_ROW)
+        try:
+            check_row(packed)
+            if any(packed[held * ROW_ENTRY_BYTES : ENTRIES_BYTES]):
+                raise ValueError("the row holds something beyond the end of the layer")
+        except ValueError as error:
+            self.row_faults[row] = str(error)
+            if not self.record.is_volume:
+                return None  # it is fetched again
+            blocks = range(row * ENTRIES_PER_ROW, (row + 1) * ENTRIES_PER_ROW)
+            return pack_entries([Entry(present=valid_pages(b, self.record.size_bytes)) for b in blocks])
+        if self._replayed is not None and self.record.is_volume:
+            return pack_entries([_dirty_only(entry) for entry in entries_of(packed)])
+        return packed[:ENTRIES_BYTES]
 
     def _rows(self, index: Index, first: int, end: int) -> Iterator[tuple[int, bytes]]:
         """Rows [first, end) by number, with those of the journal in front of those of the index."""
@@ -434,10 +452,6 @@ def _superblock(path: Path, slots_fd: int) -> tuple[Superblock, int]:
             buffer[at : min(at + COPY_BYTES, length)] for at in range(0, COPIES * COPY_BYTES, COPY_BYTES)
         ]
     return superblocks.choose(copies, str(path / SLOTS))
-
-
-def _piece(first_block: int, entries: list[Entry]) -> Piece:
-    return Piece(first_block, pack_entries(entries), ROW_ENTRY_BYTES)
 
 
 def _dirty_only(entry: Entry) -> Entry:

@@ -33,7 +33,7 @@ SOURCES = [
     "queue.c",
     "engine.c",
 ]
-SOURCES += ["ublk.c", "ublk_control.c", "local.c"]
+SOURCES += ["ublk.c", "ublk_control.c", "local.c", "tally.c"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((CORE / "cdef.h").read_text())

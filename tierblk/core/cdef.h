@@ -185,3 +185,20 @@ void tb_door_latencies(tb_queue *door, uint64_t *counts, uint64_t *ticks);
 
 /* One ublk control command, waited for. Call it from a thread that may block, never from the event loop. */
 int tb_ublk_control(uint32_t cmd_op, uint32_t dev_id, uint16_t queue_id, void *payload, uint16_t length, uint64_t data, uint32_t timeout_ms);
+
+/* Pictures of what a cache holds: pages of a cell, by who answers them. elsewhere: the volume's, but not here. over_base: pages of the
+ * volume that the base has too; used: cached and used lately. */
+typedef struct {
+    uint64_t dirty, volume, zero, elsewhere, over_base, base, base_zero, used;
+} tb_share;
+
+/* Cell i is the blocks [bounds[i], bounds[i + 1]). hidden: a mask a block from hidden_first on, zeros at first, or NULL. */
+typedef struct {
+    tb_share *shares;
+    const uint64_t *bounds;
+    uint64_t cells;
+    uint16_t *hidden;
+    uint64_t hidden_first;
+} tb_tally;
+void tb_tally_volume(const tb_tally *tally, const uint8_t *packed, uint32_t stride, uint64_t first, uint64_t count, uint64_t pages, uint64_t base_pages);
+void tb_tally_base(const tb_tally *tally, const uint8_t *packed, uint32_t stride, uint64_t first, uint64_t count, uint64_t pages);
