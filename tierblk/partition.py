@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from uuid import UUID
 
 from tierblk.extent import SECTOR_BYTES
 from tierblk.units import format_size
@@ -27,7 +28,7 @@ _MBR_TYPE_GPT = 0xEE
 _GPT_HEADER = struct.Struct("<8sIII4xQQQQ16sQIII")
 _GPT_MAGIC = b"EFI PART"
 _GPT_CRC_OFFSET = 16
-_GPT_ENTRY = struct.Struct("<16s16sQQ")  # type, id, first sector, last sector
+_GPT_ENTRY = struct.Struct("<16s16sQQ8x72s")  # type, id, first sector, last sector, name
 _GPT_ENTRIES_MAX = 1024
 _GPT_TAIL_SECTORS = 33  # where the usual backup lies: its 128 entries, and its header in the last sector
 
@@ -43,11 +44,14 @@ Reads = Generator[tuple[int, int], bytes, None]
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """One partition; its numbers are those that the table claims."""
+    """One partition; its numbers are those that the table claims. kind: its type, "0x83" or a GUID. name: of
+    a GPT."""
 
     number: int
     start_bytes: int
     length_bytes: int
+    kind: str = field(default="", compare=False)
+    name: str = field(default="", compare=False)
 
     @property
     def end_bytes(self) -> int:
@@ -90,7 +94,7 @@ def parse(head: bytes, size_bytes: int) -> PartitionTable | None:
     if any(kind == _MBR_TYPE_GPT for kind, _, _ in entries):
         return _parse_gpt(head, size_bytes)
     partitions = tuple(
-        Partition(number, start * SECTOR_BYTES, sectors * SECTOR_BYTES)
+        Partition(number, start * SECTOR_BYTES, sectors * SECTOR_BYTES, f"0x{kind:02x}")
         for number, (kind, start, sectors) in enumerate(entries, 1)
         if kind and sectors
     )
@@ -143,16 +147,37 @@ def _gpt_reads(head: bytes, size_bytes: int) -> Reads:
         yield from _within(backup.first_entry, backup.entries_stop - backup.first_entry, size_bytes)
 
 
-def _chain_reads(first: int, size_bytes: int) -> Reads:
-    """Each link of the chain is a table whose first extended entry names the next one, from `first` on."""
-    this, seen = first, set[int]()
+def _chain_reads(
+    first: int, size_bytes: int
+) -> Generator[tuple[int, int], bytes, list[tuple[int, int, int]]]:
+    """Each link of the chain is a table whose first extended entry names the next one, from `first` on.
+    (type, first sector, sectors) of the others."""
+    this, seen, found = first, set[int](), []
     while this not in seen and len(seen) < _MBR_LINKS_MAX:
         seen.add(this)
-        rows = _mbr_rows((yield from _within(this, 1, size_bytes)))
-        links = [start for _, kind, start, sectors in rows or () if sectors and kind in _MBR_EXTENDED]
+        rows = _mbr_rows((yield from _within(this, 1, size_bytes))) or []
+        links = [start for _, kind, start, sectors in rows if sectors and kind in _MBR_EXTENDED]
+        found += [
+            (kind, this + start, sectors)
+            for _, kind, start, sectors in rows
+            if kind and sectors and kind not in _MBR_EXTENDED
+        ]
         if not links:
-            return
+            break
         this = first + links[0]
+    return found
+
+
+def logical(head: bytes, size_bytes: int) -> Generator[tuple[int, int], bytes, list[Partition]]:
+    """The logical partitions of an MBR, numbered from 5 on, by reads as those of kernel_reads. Sent
+    fewer bytes than it asked for, it ends with what it has."""
+    found: list[Partition] = []
+    for kind, first, sectors in _mbr_entries(head) or ():
+        if sectors and kind in _MBR_EXTENDED:
+            for inner, start, length in (yield from _chain_reads(first, size_bytes)):
+                begin, extent = start * SECTOR_BYTES, length * SECTOR_BYTES
+                found.append(Partition(5 + len(found), begin, extent, f"0x{inner:02x}"))
+    return found
 
 
 def _mbr_rows(sector: bytes) -> list[tuple[int, int, int, int]] | None:
@@ -219,6 +244,8 @@ def _parse_gpt(head: bytes, size_bytes: int) -> PartitionTable | None:
 
 def _gpt_partitions(entries: bytes, entry_bytes: int) -> Iterable[Partition]:
     for number in range(len(entries) // entry_bytes):
-        kind, _, first, last = _GPT_ENTRY.unpack_from(entries, number * entry_bytes)
+        kind, _, first, last, text = _GPT_ENTRY.unpack_from(entries, number * entry_bytes)
         if kind != bytes(16) and first <= last:
-            yield Partition(number + 1, first * SECTOR_BYTES, (last - first + 1) * SECTOR_BYTES)
+            name = text.decode("utf-16-le", "replace").partition("\0")[0]
+            length_bytes = (last - first + 1) * SECTOR_BYTES
+            yield Partition(number + 1, first * SECTOR_BYTES, length_bytes, str(UUID(bytes_le=kind)), name)

@@ -12,6 +12,7 @@ from tierblk.cli import (
     cache_export,
     cache_gc,
     cache_ls,
+    cache_map,
     cache_pin,
     cache_resize,
     cache_stat,
@@ -23,6 +24,7 @@ HELP = "look into a cache, and change what is in it"
 VERBS = (
     cache_stat,
     cache_ls,
+    cache_map,
     cache_blocks,
     cache_dump,
     cache_verify,
