@@ -79,8 +79,10 @@ def heat(
 
 
 def knows_use(view: View, volume: LayerRecord | None, base: LayerRecord | None) -> bool:
-    """Whether it is known what was used lately: not of a directory whose daemon has ended."""
-    return all(view.layer(record).has_map for record in (volume, base) if record)
+    """Whether it is known what was used lately of what can be evicted: not of a directory whose daemon has
+    ended. Of a volume that has no store nothing is ever evicted, and its use not noted."""
+    noted = [record for record in (volume, base) if record and (not record.is_volume or record.is_stored)]
+    return bool(noted) and all(view.layer(record).has_map for record in noted)
 
 
 def _pages(size_bytes: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierblk.partition import HEAD_BYTES, Partition, PartitionTable, kernel_reads, parse
+from tierblk.partition import HEAD_BYTES, Partition, PartitionTable, kernel_reads, logical, parse
 
 SECTOR = 512
 DISK_BYTES = 64 * 2**20
@@ -218,3 +218,44 @@ def test_what_is_read_lies_inside_whatever_the_table_says(data: bytes, sectors: 
     link = bytes(446) + struct.pack("<B3xB3xII", 0, kind, sectors // 2, 7) + data.ljust(48, b"\0")[:48]
     image = (link + b"\x55\xaa") * sectors
     assert len(reads_of(image)) <= 4 * 256
+
+
+def logical_of(image: bytes) -> list[Partition]:
+    reads = logical(image[:HEAD_BYTES], len(image))
+    answer: bytes | None = None
+    while True:
+        try:
+            offset, length = next(reads) if answer is None else reads.send(answer)
+        except StopIteration as stop:
+            return list(stop.value)
+        answer = image[offset : offset + length]
+
+
+def test_types_and_names(tmp_path: Path) -> None:
+    linux = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+    table = parse(sfdisk(tmp_path / "gpt", f'label: gpt\nsize=8MiB, type={linux}, name="wörk"\n'), DISK_BYTES)
+    assert table is not None
+    assert [(p.kind, p.name) for p in table.partitions] == [(linux.lower(), "wörk")]
+    table = parse(sfdisk(tmp_path / "mbr", "label: dos\nsize=8MiB, type=82\n"), DISK_BYTES)
+    assert table is not None
+    assert [(p.kind, p.name) for p in table.partitions] == [("0x82", "")]
+
+
+def test_logical_partitions_are_numbered_from_5(tmp_path: Path) -> None:
+    sfdisk(tmp_path / "disk", "label: dos\n2048,8MiB\n,,E\n,4MiB\n,8MiB,S\n")
+    dump = subprocess.run(
+        ["/sbin/sfdisk", "--dump", tmp_path / "disk"], check=True, capture_output=True, text=True, timeout=30
+    ).stdout
+    starts = [int(line.split("start=")[1].split(",")[0]) for line in dump.splitlines() if "start=" in line]
+    found = logical_of((tmp_path / "disk").read_bytes())
+    assert found == [
+        Partition(5, starts[2] * SECTOR, 4 * 2**20),
+        Partition(6, starts[3] * SECTOR, 8 * 2**20),
+    ]
+    assert [partition.kind for partition in found] == ["0x83", "0x82"]
+
+
+@given(st.binary(max_size=64), st.integers(0, 80))
+def test_a_chain_of_logical_partitions_ends_whatever_it_says(data: bytes, sectors: int) -> None:
+    link = bytes(446) + struct.pack("<B3xB3xII", 0, 5, sectors // 2, 7) + data.ljust(48, b"\0")[:48]
+    assert len(logical_of((link + b"\x55\xaa") * sectors)) <= 4 * 4 * 256

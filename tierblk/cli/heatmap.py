@@ -118,7 +118,9 @@ class HeatMap:
         elif self.table is None:
             found.append("There is no partition table.")
         if not self.knows_use:
-            found.append("What was used lately is known only while a daemon runs.")
+            found.append(
+                "What was used lately is not known: only a daemon that runs does, of what it may evict."
+            )
         return found
 
 

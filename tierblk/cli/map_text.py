@@ -6,6 +6,7 @@ it, the fainter (in letters: a small letter for less than half). Partitions are 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from rich.color import Color
@@ -97,7 +98,7 @@ def put_map(drawn: HeatMap, console: Console, *, colours: bool, columns: int) ->
     console.print()
     _put_legend(drawn, console, colours=colours, truecolour=truecolour)
     for note in drawn.notes:
-        console.print(Text(plain(note)))
+        console.print(Text(textwrap.fill(plain(note), console.width)))
     if drawn.parts:
         console.print()
         for line in table(drawn, console.width):
@@ -189,8 +190,9 @@ def _put_legend(drawn: HeatMap, console: Console, *, colours: bool, truecolour: 
         line = f" {text:<{widest}}  {format_size(amount):>10}  {percent(amount, size):>7}"
         console.print(Text.assemble(mark, line))
     half = "half a character" if colours else "a letter"
-    faint = "fainter" if colours else "small letters"
-    console.print(Text(f"{half} is {format_size(drawn.cell_bytes)}; {faint}: less of it"))
+    faint = "; fainter: less of it" if colours else "; small letters: less of it"
+    scale = f"{half} is {format_size(drawn.cell_bytes)}"
+    console.print(Text(scale + (faint if truecolour or not colours else "")))
 
 
 def percent(amount: int, of: int) -> str:
