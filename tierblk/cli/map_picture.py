@@ -12,7 +12,7 @@ from itertools import groupby
 
 from tierblk.cache.heat import Heat
 from tierblk.cli.heatmap import CLASSES, STATES, HeatMap, Part
-from tierblk.cli.map_text import percent, table_rows
+from tierblk.cli.map_text import offset_text, percent, table_rows
 from tierblk.cli.output import plain
 from tierblk.units import format_size
 
@@ -89,7 +89,7 @@ def layout(drawn: HeatMap, columns: int, when: datetime) -> Picture:
     for at in range(0, len(drawn.cells), columns):
         cells = drawn.cells[at : at + columns]
         offset = drawn.range.offset + at * drawn.cell_bytes
-        label = Words(left - 8, y + CELL_HEIGHT - 4, format_size(offset), 11.0, "faint", right=True)
+        label = Words(left - 8, y + CELL_HEIGHT - 4, offset_text(offset), 11.0, "faint", right=True)
         picture.words.append(label)
         _stack(classes, cells, left, y)
         y += CELL_HEIGHT
@@ -106,7 +106,7 @@ def layout(drawn: HeatMap, columns: int, when: datetime) -> Picture:
     ]
     y = _legend(picture, drawn, seen, y + 8)
     y = _table(picture, drawn, y)
-    picture.height = y + MARGIN - LINE / 2
+    picture.height = y + MARGIN - 4
     return picture
 
 

@@ -6,8 +6,10 @@ it, the fainter (in letters: a small letter for less than half). Partitions are 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
+from itertools import groupby, zip_longest
 
 from rich.color import Color
 from rich.console import Console
@@ -17,7 +19,7 @@ from rich.text import Text
 from tierblk.cache.heat import Heat
 from tierblk.cli.heatmap import STATES, HeatMap, Part
 from tierblk.cli.output import plain
-from tierblk.units import format_size
+from tierblk.units import format_exact_size, format_size
 
 LABEL_COLUMNS = 10
 STEP_COLUMNS = 32
@@ -85,11 +87,11 @@ def put_map(drawn: HeatMap, console: Console, *, colours: bool, columns: int) ->
     for at in range(0, len(drawn.cells), per_row):
         cells = drawn.cells[at : at + per_row]
         offset = drawn.range.offset + at * drawn.cell_bytes
-        label = f"{format_size(offset):>{LABEL_COLUMNS}} "
+        label = f"{offset_text(offset):>{LABEL_COLUMNS}} "
         row = _coloured(cells, truecolour=truecolour) if colours else Text(_letters(cells))
         console.print(Text(label) + row)
         blank = " " * len(label)
-        if not colours and any(map(is_used, cells)):
+        if not colours and drawn.knows_use and any(map(is_used, cells)):
             marks = "".join(USED_MARK if is_used(cell) else " " for cell in cells)
             console.print(Text(blank + marks.rstrip()))
         brackets = _brackets(drawn, offset, len(row), drawn.cell_bytes * (2 if colours else 1), lines=colours)
@@ -105,14 +107,17 @@ def put_map(drawn: HeatMap, console: Console, *, colours: bool, columns: int) ->
             console.print(Text(line))
 
 
+def offset_text(offset: int) -> str:
+    """Exact, unless that is too long."""
+    exact = re.sub(r"(?<=\d)(?=[A-Z])", " ", format_exact_size(offset)) if offset else "0 B"
+    return exact if len(exact) <= LABEL_COLUMNS else format_size(offset)
+
+
 def _coloured(cells: list[Heat], *, truecolour: bool) -> Text:
+    colours: list[Color | None] = [_colour(cell, truecolour=truecolour) for cell in cells]
     text = Text()
-    for at in range(0, len(cells), 2):
-        left = _colour(cells[at], truecolour=truecolour)
-        if at + 1 < len(cells):
-            text.append("▌", Style(color=left, bgcolor=_colour(cells[at + 1], truecolour=truecolour)))
-        else:
-            text.append("▌", Style(color=left))
+    for (left, right), same in groupby(zip_longest(colours[::2], colours[1::2])):
+        text.append("▌" * sum(1 for _ in same), Style(color=left, bgcolor=right))
     return text
 
 
