@@ -5,13 +5,14 @@ A device is a volume over a base, or one of them; who answers a page is the volu
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from tierblk.cache.layers import LayerRecord
 from tierblk.cache.view import LayerView, Piece, View
-from tierblk.core import PAGE_BYTES, PAGES_PER_BLOCK
+from tierblk.core import ENTRIES_PER_ROW, PAGE_BYTES, PAGES_PER_BLOCK
 from tierblk.core.tally import Share, Tally
 
 WINDOW_BLOCKS = 1 << 20
@@ -21,9 +22,9 @@ class Heat(NamedTuple):
     """Bytes of a range. All but the last add up to its size.
 
     dirty: here and nowhere else. volume: of the volume, here, and in its store too. base: of the image,
-    here. zero: reads as zeros, needs no room. stored: in the volume's store, not here. lost: of a volume that
-    has no store, and not here either. absent: of the image, would be fetched. used: what of it is cached and
-    was used lately."""
+    here. zero: reads as zeros, needs no room. stored: in the volume's store, not here. lost: of a volume, and
+    neither here nor in a store, or what a store has of it may be too old. absent: of the image, would be
+    fetched. used: what of it is cached and was used lately."""
 
     dirty: int = 0
     volume: int = 0
@@ -71,10 +72,10 @@ def heat(
             tally.add_volume(packed, piece.entry_bytes, block, pages, base_pages)
         for packed, piece, block in _within(layers[1], first, end):
             tally.add_base(packed, piece.entry_bytes, block, base_pages)
-    is_stored = volume is not None and volume.is_stored
+    lost = _lost(layers[0], bounds, pages) if volume and volume.is_stored else None
     return [
-        _heat(share, start, end, pages, base_pages, is_stored=is_stored)
-        for share, (start, end) in zip(tally.shares(), pairwise(bounds), strict=True)
+        _heat(share, start, end, pages, base_pages, share.elsewhere if lost is None else lost[cell])
+        for cell, (share, (start, end)) in enumerate(zip(tally.shares(), pairwise(bounds), strict=True))
     ]
 
 
@@ -100,8 +101,21 @@ def _within(layer: LayerView | None, first: int, end: int) -> Iterator[tuple[mem
             yield memoryview(piece.packed)[at:to], piece, start
 
 
-def _heat(share: Share, start: int, end: int, pages: int, base_pages: int, *, is_stored: bool) -> Heat:
-    """A cell of these blocks."""
+def _lost(layer: LayerView | None, bounds: Sequence[int], pages: int) -> list[int]:
+    """Of each cell the pages of a volume in a store whose rows cannot be believed: what the store has of them
+    may be older than what was acknowledged (R9)."""
+    lost = [0] * (len(bounds) - 1)
+    for row in layer.bad_rows if layer else ():
+        for block in range(row * ENTRIES_PER_ROW, (row + 1) * ENTRIES_PER_ROW):
+            if bounds[0] <= block < bounds[-1]:
+                first = block * PAGES_PER_BLOCK
+                cell = bisect_right(bounds, block) - 1
+                lost[cell] += min(PAGES_PER_BLOCK, max(0, pages - first))
+    return lost
+
+
+def _heat(share: Share, start: int, end: int, pages: int, base_pages: int, lost: int) -> Heat:
+    """A cell of these blocks. lost: pages of the volume that are neither here nor to be had."""
     first = start * PAGES_PER_BLOCK
     total = min(end * PAGES_PER_BLOCK, pages) - first
     below = max(0, min(end * PAGES_PER_BLOCK, base_pages) - first)
@@ -113,8 +127,8 @@ def _heat(share: Share, start: int, end: int, pages: int, base_pages: int, *, is
         volume=share.volume,
         base=share.base,
         zero=share.zero + share.base_zero + beyond,
-        stored=share.elsewhere if is_stored else 0,
-        lost=0 if is_stored else share.elsewhere,
+        stored=share.elsewhere - lost,
+        lost=lost,
         absent=absent,
         used=share.used,
     )
