@@ -1,5 +1,6 @@
 """Shows which ranges of a device are dirty, cached, zeros, absent and recently used, with its partitions and
-what each of them holds; on a terminal, or as a picture (--svg, --png). Asks no daemon and fetches nothing.
+what each of them holds; on a terminal, or as a picture (--svg, --png). Fetches nothing, and asks daemons only
+which one has a device of that name.
 
 With --json: {"device", "layers", "state", "size_bytes", "range", "total": {"dirty_bytes", ...}, "cell_bytes",
 "cells": {"dirty_bytes": [...], ...}, "partition_table", "partitions": [{"number", "type", "name",
