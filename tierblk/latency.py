@@ -16,6 +16,21 @@ TIERS = ("hit", "zero", "miss", "memory", "write", "flush")
 """memory: hits in the memory tier, without the driver's copy into the request; hit: the others."""
 
 
+OPERATIONS = ("read", "write", "flush", "discard", "zeroes", None, None, "other")
+"""What a request asks for, as the core numbers it (cdef.h, TB_OP_*); zeroes: WRITE_ZEROES."""
+
+LATENCY_BUCKETS = 160
+"""As many as the core has (cdef.h)."""
+
+
+def bucket_of(ticks: int) -> int:
+    """Where a latency counts."""
+    if ticks < 4:
+        return 0
+    octave = ticks.bit_length() - 3
+    return 4 * octave + (ticks >> octave & 3)
+
+
 def lower_bound_ticks(bucket: int) -> int:
     """The shortest latency that counts in a bucket; the first one also has all that is shorter."""
     return (4 + bucket % 4) << (bucket // 4) if bucket else 0

@@ -12,8 +12,22 @@ from typing import Any, NamedTuple
 from tierblk.core._core import ffi, lib
 from tierblk.core.calls import check, counters
 from tierblk.core.doors import FOR_EVER_MS, Door, LocalDoor, UblkDoor, local_door
+from tierblk.core.traces import Trace, Traced, ticks_now
 
-__all__ = ["Door", "Engine", "Layer", "LocalDoor", "Record", "Sealed", "UblkDoor", "check", "local_door"]
+__all__ = [
+    "Door",
+    "Engine",
+    "Layer",
+    "LocalDoor",
+    "Record",
+    "Sealed",
+    "Trace",
+    "Traced",
+    "UblkDoor",
+    "check",
+    "local_door",
+    "ticks_now",
+]
 
 PAGE_BYTES: int = lib.TB_PAGE_BYTES
 BLOCK_BYTES: int = lib.TB_BLOCK_BYTES

@@ -31,6 +31,7 @@ SOURCES = [
     "write.c",
     "filler.c",
     "queue.c",
+    "trace.c",
     "engine.c",
 ]
 SOURCES += ["ublk.c", "ublk_control.c", "local.c", "tally.c"]

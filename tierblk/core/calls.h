@@ -188,6 +188,17 @@ void tb_resume(tb_req *req);
 void tb_finish(tb_req *req);
 void tb_drop(tb_req *req);
 
+/* trace.c */
+void tb_trace_done(const tb_req *req);
+void tb_trace_refused(const tb_req *req, uint64_t start, uint64_t length);
+void tb_trace_turn(tb_queue *queue);
+void tb_trace_free(tb_queue *queue);
+
+static inline bool tb_traces(const tb_queue *queue)
+{
+    return __builtin_expect(__atomic_load_n(&queue->trace, __ATOMIC_RELAXED) != NULL, 0);
+}
+
 /* queue.c */
 int tb_queue_new(tb_engine *engine, const tb_stack *stack, uint16_t depth, uint64_t hot_bytes, const tb_door_ops *ops, void *door, tb_queue **out);
 int tb_queue_start(tb_queue *queue);

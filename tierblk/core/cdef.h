@@ -76,6 +76,25 @@ typedef struct {
 #define TB_TIERS 6
 #define TB_LATENCY_BUCKETS 160
 
+/* A request that has ended, as it is traced. began: ticks of the turn in which it came; took: ticks until it was done. offset,
+ * length: bytes of the device, as it was asked for; 0 of a FLUSH. tier: TB_TIER_*, or TB_TIERS where none serves: a DISCARD, a
+ * WRITE_ZEROES, what was refused. op: TB_OP_*, or TB_OP_OTHER. */
+#define TB_TRACE_RECORDS 16384 /* that a queue keeps for those who read them */
+#define TB_TRACE_FUA 1
+typedef struct {
+    uint64_t began, took, offset, length;
+    uint8_t op, tier;
+    uint16_t tag;
+    int16_t result;
+    uint16_t flags;
+} tb_traced;
+
+/* Which of them are wanted: bits 1 << op and 1 << tier; at least so slow; ranged: that touch [start, end). */
+typedef struct {
+    uint64_t min_ticks, start, end;
+    uint32_t ops, tiers, ranged;
+} tb_trace_filter;
+
 typedef struct tb_engine tb_engine;
 typedef struct tb_layer tb_layer;
 typedef struct tb_queue tb_queue;
@@ -94,6 +113,7 @@ void tb_engine_trim_staging(tb_engine *engine);
 void tb_engine_set_low(tb_engine *engine, uint32_t free_slots);
 int tb_engine_poll(tb_engine *engine, tb_record *out, int max);
 double tb_engine_tick_ns(tb_engine *engine);
+uint64_t tb_ticks_now(void);
 int tb_engine_push(tb_engine *engine, const tb_record *in, int count);
 void tb_engine_stats(tb_engine *engine, tb_cache_stats *out);
 void tb_engine_set_watchdog(tb_engine *engine, uint32_t milliseconds);
@@ -166,6 +186,7 @@ typedef struct {
 #define TB_OP_FLUSH 2
 #define TB_OP_DISCARD 3
 #define TB_OP_ZEROES 4
+#define TB_OP_OTHER 7 /* only in a trace: nothing that a device of ours can have announced */
 #define TB_OP_FUA 0x100
 
 /* Doors. A door's thread runs from tb_*_open to tb_door_close. */
@@ -182,6 +203,10 @@ int tb_door_quit(tb_queue *door);
 int tb_door_close(tb_queue *door);
 void tb_door_stats(tb_queue *door, tb_stats *out);
 void tb_door_latencies(tb_queue *door, uint64_t *counts, uint64_t *ticks);
+int tb_door_trace_start(tb_queue *door);
+void tb_door_trace_stop(tb_queue *door);
+uint64_t tb_door_trace_end(tb_queue *door);
+int tb_door_trace_read(tb_queue *door, uint64_t *position, const tb_trace_filter *filter, tb_traced *out, int max, uint64_t *lost);
 
 /* One ublk control command, waited for. Call it from a thread that may block, never from the event loop. */
 int tb_ublk_control(uint32_t cmd_op, uint32_t dev_id, uint16_t queue_id, void *payload, uint16_t length, uint64_t data, uint32_t timeout_ms);

@@ -7,6 +7,7 @@
  *   the list of writes       of a stripe, and who waits for one of them (R4): under the stripe lock
  *   the journal              its leader's, but for what says otherwise; journal->lock comes before stripes
  *   slot bitmaps             under engine->slot_lock, the innermost lock
+ *   a queue's trace          written by its thread alone, read by the event loop, see trace.c
  *   rings to and from Python events: any thread of ours, under engine->event_lock, to the event loop; commands: from the
  *                            loop to the filler
  */
@@ -153,6 +154,7 @@ struct tb_req {
     uint32_t move_from, move_to; /* slots, while it moves its block, see move.c */
     uint8_t moves, move_first, move_last; /* MOVE_*, and the pages that are copied */
     uint64_t began;    /* ticks of the turn in which it came */
+    uint64_t whole_start, whole_length; /* of a discard, bytes of the device, as it was asked for */
     uint64_t due;      /* ticks: until then it waits for its turn to take a slot */
 } __attribute__((aligned(64)));
 
@@ -216,9 +218,14 @@ struct tb_queue {
     bool ready;
     tb_stats stats;
     uint64_t now; /* ticks of this turn */
+    tb_traced *trace; /* NULL: nobody reads a trace; see trace.c */
+    tb_traced *trace_ring;
+    uint64_t trace_end, trace_kept; /* records that there have been; and when its memory was last given back */
     uint64_t latencies[TB_TIERS][TB_LATENCY_BUCKETS];
     uint64_t latency_ticks[TB_TIERS]; /* all of them together */
 };
+
+_Static_assert(sizeof(tb_traced) == 40, "a traced request is 40 bytes");
 
 typedef enum { FILL_FREE = 0, FILL_ASKED, FILL_WRITING } tb_fill_state;
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierblk.core._core import ffi, lib
 from tierblk.core.calls import check, counters
+from tierblk.core.traces import Trace, switch_off, switch_on
 
 if TYPE_CHECKING:
     from tierblk.core import Engine, Layer
@@ -24,6 +25,7 @@ class Door:
     def __init__(self, queues: Sequence[Any], depth: int) -> None:
         """queues: of C, which `close` frees; depth: requests in flight of each."""
         self._queues = list(queues)
+        self._traces = 0
         self.depth = depth
         self.end_fds: tuple[int, ...] = tuple(lib.tb_door_end_fd(queue) for queue in queues)
 
@@ -52,6 +54,20 @@ class Door:
             lib.tb_door_latencies(queue, counts, ticks)
         all_counts: Any = ffi.unpack(counts, tiers * buckets)
         return [(all_counts[tier * buckets :][:buckets], ticks[tier]) for tier in range(tiers)]
+
+    def trace(self, **wanted: Any) -> Trace:
+        """What requests do from now on; wanted: see Trace. It is on while one of its traces is not closed.
+        OSError ENOMEM."""
+        queues = self.queues
+        if not self._traces:
+            switch_on(queues)
+        self._traces += 1
+        return Trace(queues, self._trace_closed, **wanted)
+
+    def _trace_closed(self) -> None:
+        self._traces -= 1
+        if not self._traces:
+            switch_off(self._queues)  # none of a door that is closed
 
     def drain(self) -> None:
         """Ends every parked and later miss in EIO; hits go on. Before STOP_DEV, always."""

@@ -160,6 +160,12 @@ double tb_engine_tick_ns(tb_engine *e)
     return ticks ? (double)(monotonic_ns() - e->made_ns) / (double)ticks : 1.0;
 }
 
+/* On the clock of the latencies. */
+uint64_t tb_ticks_now(void)
+{
+    return tb_ticks();
+}
+
 /* Event loop only. All or nothing; -EAGAIN when they do not fit. */
 int tb_engine_push(tb_engine *e, const tb_record *in, int count)
 {

@@ -78,7 +78,8 @@ static void issue(tb_queue *queue, local_door *door, local_call *call)
             memcpy(req->buffer, call->bytes + call->issued, req->length);
         call->issued += req->length;
     } else {
-        req->start = call->offset;
+        req->start = req->whole_start = call->offset;
+        req->whole_length = call->length;
         req->end = call->offset + call->length;
         call->issued = call->length;
     }

@@ -135,6 +135,7 @@ static void serve_until_done(tb_queue *queue)
         tb_pace_turn(queue);
         tb_journal_turn(queue);
         tb_tell_misses(queue);
+        tb_trace_turn(queue);
         __atomic_exchange_n(&queue->armed, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&queue->inbox, __ATOMIC_SEQ_CST) || (queue->ops->waiting && queue->ops->waiting(queue)))
             continue; /* came in while armed was still 0, so nobody wrote to wake_fd */
@@ -294,6 +295,7 @@ void tb_queue_free(tb_queue *queue)
         munmap(queue->olds, (size_t)queue->depth * TB_BLOCK_BYTES);
     free(queue->reqs);
     tb_hot_free(queue->hot);
+    tb_trace_free(queue);
     if (queue->wake_fd >= 0)
         close(queue->wake_fd);
     if (queue->end_fd >= 0)

@@ -147,6 +147,8 @@ void tb_finish(tb_req *req)
         TB_COUNT(&stats->errors, 1);
     else
         count_done(req);
+    if (tb_traces(req->queue))
+        tb_trace_done(req);
     TB_COUNT(&stats->active, -1ull);
     req->queue->ops->complete(req->queue, req);
 }

@@ -127,11 +127,13 @@ static int operation(const tb_queue *queue, uint32_t op_flags)
 }
 
 /* Answered before it was begun. */
-static void refuse(tb_queue *queue, tb_req *req, int result)
+static void refuse(tb_queue *queue, tb_req *req, int result, uint64_t start, uint64_t length)
 {
     TB_COUNT(&queue->stats.requests, 1);
     TB_COUNT(&queue->stats.errors, 1);
     req->result = result;
+    if (tb_traces(queue))
+        tb_trace_refused(req, start, length);
     commit(queue, req);
 }
 
@@ -149,26 +151,27 @@ static void begin(tb_queue *queue, tb_req *req)
     req->length = 0;
     req->direct = 0;
     if (op < 0) {
-        refuse(queue, req, -EOPNOTSUPP);
+        refuse(queue, req, -EOPNOTSUPP, start, length);
         return;
     }
     if (op != TB_OP_FLUSH && (!length || start > queue->size_bytes || length > queue->size_bytes - start)) {
-        refuse(queue, req, -EIO);
+        refuse(queue, req, -EIO, start, length);
         return;
     }
     if (op == TB_OP_READ || op == TB_OP_WRITE) {
         req->block = start / TB_BLOCK_BYTES;
         req->offset = (uint32_t)(start % TB_BLOCK_BYTES);
         if (length > TB_BLOCK_BYTES - req->offset) {
-            refuse(queue, req, -EIO);
+            refuse(queue, req, -EIO, start, length);
             return;
         }
         req->length = (uint32_t)length;
         req->direct = door->zero_copy && !(desc.op_flags & UBLK_IO_F_NEED_REG_BUF) && (req->offset | req->length) % align == 0;
         req->data = req->buffer + (op == TB_OP_READ && align > TB_SECTOR ? req->offset % TB_PAGE_BYTES : 0);
     } else {
-        req->start = start;
+        req->start = req->whole_start = start;
         req->end = start + length;
+        req->whole_length = length;
     }
     tb_begin(req);
 }
