@@ -52,9 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     counting.add_argument(
         "--tree", type=Path, help="a checkout whose tierblk is measured instead of this one's"
     )
+    counting.add_argument("--trace", action="store_true", help="also while `tierblk trace` looks")
     counted = verbs.add_parser("counted")  # what `instructions` starts in its VM
     counted.add_argument("--result", type=Path, required=True)
     counted.add_argument("--quick", action="store_true")
+    counted.add_argument("--trace", action="store_true")
     for name in ("null", "hitter", "other"):
         counted.add_argument(f"--{name}", type=Path)
     showing = verbs.add_parser("show")
@@ -134,7 +136,7 @@ def _counted(options: argparse.Namespace) -> None:
 
     plan = counted.Plan.quick() if options.quick else counted.Plan()
     result = _empty({"rounds": plan.rounds})
-    tools = counted.Tools(options.null, options.hitter, options.other)
+    tools = counted.Tools(options.null, options.hitter, options.other, options.trace)
     counted.measure(plan, result, tools, Progress())
     _write(result, options.result)
 
@@ -146,7 +148,7 @@ def _instructions(options: argparse.Namespace) -> None:
     build_dir.mkdir(parents=True, exist_ok=True)
     quick = options.quick or os.environ.get(QUICK_VARIABLE, "") not in ("", "0")
     loads = where.Loads()
-    result = instructions.measure(options.tree, build_dir, loads, quick=quick)
+    result = instructions.measure(options.tree, build_dir, loads, quick=quick, trace=options.trace)
     result.commit = _commit(options.tree or REPO)
     result.kernel["where"] = "a VM that counts instructions"
     result.host_load = load_summary(loads.taken)

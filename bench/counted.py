@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bench.fio import BenchError
@@ -28,6 +32,8 @@ IMAGE_MIB = 16
 CACHE_MIB = 64
 RUN_LIMIT_S = 600.0
 """Of one stretch, by the guest's clock, which runs by instructions."""
+ContextTarget = Callable[[], AbstractContextManager[Target]]
+"""A target that is there for the length of a block."""
 ANSWERS, MEDIUM = "answers", "tmpfs"
 
 
@@ -57,11 +63,12 @@ class Plan:
 @dataclass(frozen=True)
 class Tools:
     """Compiled outside: the null server and the hitter. `other`: a folder with the tierblk that is measured
-    instead of this checkout's."""
+    instead of this checkout's; trace: count also while `tierblk trace` looks for misses."""
 
     null_server: Path
     hitter: Path
     other: Path | None = None
+    trace: bool = False
 
 
 def _warm(stack: ExitStack, tierblk: Tierblk, image: Path, progress: Progress) -> Target:
@@ -88,16 +95,34 @@ def _misses(tierblk: Tierblk) -> int:
     return int(status["miss_requests"]) + int(status["errors"])
 
 
-def _rounds(plan: Plan, targets: Sequence[Target], hitter: Path, result: Result, progress: Progress) -> None:
+@contextmanager
+def _traced(target: Target, device_name: str) -> Iterator[Target]:
+    """The same device, of which each request is recorded and looked at, and none is shown."""
+    command = [sys.executable, "-m", "tierblk", "trace", device_name, "--tier", "miss"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise BenchError("`tierblk trace` ended before it began")
+            yield replace(target, name=f"{target.name}-traced")
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+def _rounds(
+    plan: Plan, targets: Sequence[ContextTarget], hitter: Path, result: Result, progress: Progress
+) -> None:
     """Every load on every target, a process of the hitter each."""
     for i in range(plan.rounds):
         for load in plan.loads:
             size = load.size_kib * KIB
-            for target in targets:
-                progress(f"round {i + 1}/{plan.rounds}: {load.size_kib} KiB x{load.depth} of {target.name}")
-                words = [target.path, IMAGE_MIB * MIB, size, load.depth, load.warm, load.count]
-                answers = float(output([hitter, *map(str, words)], limit_s=RUN_LIMIT_S))
-                result.samples.append(Sample(ANSWERS, MEDIUM, target.name, size, load.depth, i, answers))
+            for context in targets:
+                with context() as target:
+                    name = target.name
+                    progress(f"round {i + 1}/{plan.rounds}: {load.size_kib} KiB x{load.depth} of {name}")
+                    words = [target.path, IMAGE_MIB * MIB, size, load.depth, load.warm, load.count]
+                    answers = float(output([hitter, *map(str, words)], limit_s=RUN_LIMIT_S))
+                    result.samples.append(Sample(ANSWERS, MEDIUM, name, size, load.depth, i, answers))
 
 
 def measure(plan: Plan, result: Result, tools: Tools, progress: Progress) -> None:
@@ -125,7 +150,10 @@ def measure(plan: Plan, result: Result, tools: Tools, progress: Progress) -> Non
             ours.append(Tierblk(*folders, url, CACHE_MIB, name="tierblk-copy", plane="copy"))
             targets.append(_warm(stack, ours[1], image, progress))
         targets += _peers(stack, tools.null_server, ours[0].slots)
+        contexts = [partial(nullcontext, target) for target in targets]
+        if tools.trace:
+            contexts.insert(1, partial(_traced, targets[0], ours[0].device_name))
         before = [_misses(tierblk) for tierblk in ours]
-        _rounds(plan, targets, tools.hitter, result, progress)
+        _rounds(plan, contexts, tools.hitter, result, progress)
         if before != [_misses(tierblk) for tierblk in ours]:
             raise BenchError("something missed or failed among reads of what is cached")

@@ -1,8 +1,8 @@
 """Instructions a hit: the server's own and the kernel's, counted one by one by QEMU's emulator
 (bench/count.c), whatever else the machine is busy with.
 
-`python3 -m bench instructions [--tree DIR]`. The VM of packaging/vm runs `bench.counted`; this compiles what
-it needs, and divides what was counted by what was asked for."""
+`python3 -m bench instructions [--tree DIR] [--trace]`. The VM of packaging/vm runs `bench.counted`; this
+compiles what it needs, and divides what was counted by what was asked for."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def copied(tree: Path, target: Path) -> None:
     shutil.copytree(package, target / "tierblk", ignore=ignored)
 
 
-def measure(tree: Path | None, build_dir: Path, loads: where.Loads, *, quick: bool) -> Result:
+def measure(
+    tree: Path | None, build_dir: Path, loads: where.Loads, *, quick: bool, trace: bool = False
+) -> Result:
     """The tierblk of `tree` (default: of this checkout), beside this checkout's null server and the kernel's
     loop. Raises BenchError."""
     try:
@@ -165,7 +167,7 @@ def measure(tree: Path | None, build_dir: Path, loads: where.Loads, *, quick: bo
         shutil.copy(null_server, inside / "null.so")
         version = plugin_version(output(["qemu-system-x86_64", "--version"]))
         asks = arguments(hitter(inside), counts)
-        words = ["--quick"] if quick else []
+        words = (["--quick"] if quick else []) + (["--trace"] if trace else [])
         if tree:
             copied(tree, inside / "other")
             words += ["--other", f"{GUEST}/other"]

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 
-from tierblk import config, messages, openapi
+from tierblk import config, messages, openapi, tracing
 from tierblk.calls import Call, Handler, checked, errors_as_json, http_log, peer
 from tierblk.care import Care
 from tierblk.claim import Wishes
@@ -34,6 +34,7 @@ from tierblk.openapi import Operation
 from tierblk.rundir import END_NAME, INFO_NAME, SOCKET_NAME, socket_address
 from tierblk.scrape import Scraper
 from tierblk.snapshot import Snapshot
+from tierblk.tracing import Reader, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,10 @@ class DaemonApi(Protocol):
     @property
     def care(self) -> Care:
         """For what is cached."""
+        ...
+
+    def trace(self, name: str, wanted: Wanted) -> Reader:
+        """What requests of a device do from now on, to be closed. DeviceError as `device`."""
         ...
 
     def devices(self) -> list[Device]:
@@ -242,8 +247,8 @@ class ControlServer:
 
     @web.middleware
     async def _outlasts_its_client(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """The server cancels what a client asked for that hung up. Right for a reading, and for an attach,
-        whose client is gone with Ctrl-C, or after its time-out; a detach that was begun must come to its end.
+        """The server cancels what a client asked for that hung up. Right for a reading, a trace, and an
+        attach, whose client is gone with Ctrl-C, or after its time-out; a detach that was begun must come to its end.
         """
         if request.match_info.handler in self._abandoned:
             return await handler(request)
@@ -364,6 +369,30 @@ class ControlServer:
     )
     async def _sync(self, call: Call) -> Any:
         return await self.api.sync(call.name, wait=call.body.wait)
+
+    @_operation(
+        "GET",
+        "/v1/devices/{name}/trace",
+        "What its requests do, a line of JSON for each, until the client hangs up",
+        None,
+        media="application/x-ndjson",
+        errors=(409,),
+        query=tracing.PARAMETERS,
+        abandoned=True,
+    )
+    async def _trace(self, call: Call) -> Any:
+        reader = self.api.trace(call.name, Wanted.parse(call.query))
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        try:
+            await response.prepare(call.request)
+            async for lines in reader.chunks():
+                await response.write(lines)  # waits for a slow client, and then nothing is read for it
+            await response.write_eof()
+        except ConnectionError:
+            pass  # the client has hung up
+        finally:
+            reader.close()
+        return response
 
     @_operation(
         "POST",

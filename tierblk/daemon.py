@@ -37,6 +37,7 @@ from tierblk.rundir import run_root
 from tierblk.snapshot import Snapshot
 from tierblk.stacks import NO_WISHES, Stacks
 from tierblk.takeover import TakeOver
+from tierblk.tracing import Reader, Wanted
 from tierblk.upkeep import Upkeep, watermarks
 from tierblk.volumes import Volumes, far_of
 
@@ -155,6 +156,8 @@ class Daemon:
     async def end_calls(self) -> None:
         """Attaches that run end in an error; nothing new is begun."""
         self._stopping.set()
+        for device in self._devices.values():
+            device.traces.end("stopping")
         for call in self._calls:
             if not call.cancelling():  # one that cleans up behind itself is let be
                 call.cancel()
@@ -463,6 +466,10 @@ class Daemon:
         if name not in self._devices:
             raise UnknownDevice(f"no device is called {name}", "`tierblk list` shows those that there are")
         return self._devices[name]
+
+    def trace(self, name: str, wanted: Wanted) -> Reader:
+        """See control.DaemonApi."""
+        return self._find(name).traces.open(wanted)
 
     def devices(self) -> list[dict[str, Any]]:
         """See control.DaemonApi."""

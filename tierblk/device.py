@@ -37,6 +37,7 @@ from tierblk.latency import Latencies, by_tier
 from tierblk.layer import Stack
 from tierblk.planes import MEMORY_ALIGN_BYTES, cpus_of, flags_wanted, plane_of, queues_wanted
 from tierblk.records import DeviceRecord
+from tierblk.tracing import Readers
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Device:
         self._door: UblkDoor | None = None
         self._last_stats: dict[str, int] = {}
         self._last_latencies: list[tuple[list[int], int]] = []
+        self.traces = Readers(home.engine.tick_s)
         self._safe_stop = False
         self._serving: set[int] = set()  # of each queue that has not ended, the descriptor that says so
         self._one_ended, self._ended = asyncio.Event(), asyncio.Event()
@@ -272,7 +274,6 @@ class Device:
 
         await self._wait_for(char_path, opened)
         loop = asyncio.get_running_loop()
-
         stack = self.stack
 
         def open_door() -> None:
@@ -296,6 +297,7 @@ class Device:
         assert self._door is not None
         # Both before the first request comes.
         self._door.set_patience(self.config.device.on_outage)
+        self.traces.begin(self._door)
         for layer in stack.filled:
             layer.patiences[self.name] = self.config.device.on_outage
 
@@ -398,6 +400,7 @@ class Device:
                 door.quit()  # the driver did not take every tag back; it leaves when nothing is active
             for end_fd in self._serving:
                 asyncio.get_running_loop().remove_reader(end_fd)
+            self.traces.end("detached")
             self._last_stats, self._last_latencies = door.stats(), door.latencies()
             self._door = None
             await self._run(door.close)

@@ -21,12 +21,14 @@ from tierblk import address, sample
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.control import ControlServer, report_end
+from tierblk.core import Traced, ticks_now
 from tierblk.errors import CacheError, DaemonError, DeviceError, RemoteUnavailable, UnknownDevice
 from tierblk.extent import Extent
 from tierblk.latency import by_tier
 from tierblk.ready import Ready
 from tierblk.rundir import run_root
 from tierblk.snapshot import Remote, Snapshot
+from tierblk.tracing import Reader, Readers, Wanted
 
 
 class FakeCare:
@@ -57,6 +59,56 @@ class FakeCare:
         return {"layers": [], "cached_bytes": 0}
 
 
+class FakeRequests:
+    """What a device without a kernel does: the same twelve requests for whoever asks, and then nothing. A
+    tick is a microsecond."""
+
+    def trace(self, **wanted: Any) -> FakeTrace:
+        start, end = wanted["within"] or (0, 2**63)
+        return FakeTrace(
+            [
+                each
+                for each in TRACED
+                if wanted["ops"] >> each.op & 1
+                and wanted["tiers"] >> each.tier & 1
+                and each.took >= wanted["min_ticks"]
+                and start <= each.offset_bytes < end
+            ]
+        )
+
+
+class FakeTrace:
+    """As core.Trace. The first read has lost 7."""
+
+    def __init__(self, records: list[Traced]) -> None:
+        self._records, self._lost = records, 7
+
+    def read(self, records_max: int) -> tuple[list[Traced], int]:
+        now = ticks_now()
+        found = [each._replace(began=now) for each in self._records[:records_max]]
+        self._records = self._records[records_max:]
+        lost, self._lost = self._lost, 0
+        return found, lost
+
+    def close(self) -> None:
+        pass
+
+
+# op, tier, took, offset, length, error
+TRACED = [
+    Traced(0, took, offset, length, op, tier, 3, error, op == 1, 0)
+    for op, tier, took, offset, length, error in (
+        *((0, 0, 80 + i, i << 16, 4096, 0) for i in range(6)),
+        (0, 2, 21_500, 1 << 30, 65536, 0),
+        (0, 2, 3_100_000, 15 << 40, 1536, 5),
+        (0, 1, 2, 8192, 4096, 0),
+        (1, 4, 150, 4096, 512, 0),
+        (2, 5, 1_250, 0, 0, 0),
+        (3, 6, 44, 1 << 20, 1 << 30, 0),
+    )
+]
+
+
 class FakeDaemon:
     """Keeps dictionaries of devices."""
 
@@ -71,6 +123,7 @@ class FakeDaemon:
         self._care = FakeCare()
         self.rounds = 0
         self.started = time.time()
+        self.readers: dict[str, Readers] = {}
 
     async def attach(self, config: Config, wishes: Wishes) -> dict[str, Any]:
         name = config.device.name
@@ -140,6 +193,8 @@ class FakeDaemon:
             self.slow_detach.set()
             await self.may_detach.wait()
         Path(self.device(name)["path"]).unlink()
+        if name in self.readers:
+            self.readers.pop(name).end("stopping" if self.stopping.is_set() else "detached")
         del self._devices[name]
 
     async def sync(self, name: str, *, wait: bool) -> dict[str, Any]:
@@ -155,6 +210,13 @@ class FakeDaemon:
     async def content(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
         self.device(name)
         return bytes(offset_bytes + i & 0xFF for i in range(length_bytes))
+
+    def trace(self, name: str, wanted: Wanted) -> Reader:
+        self.device(name)
+        if name not in self.readers:
+            self.readers[name] = Readers(lambda: 1e-6)
+            self.readers[name].begin(FakeRequests())
+        return self.readers[name].open(wanted)
 
     async def repin(self, name: str) -> dict[str, Any]:
         return self.device(name)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from tierblk.rundir import INFO_NAME, SOCKET_NAME, run_root, socket_address
 
 ANSWER_TIMEOUT_S = 10.0
 ANSWER_BYTES_MAX = 64 * 2**20
+_PIECE_BYTES = 1 << 18
 
 
 class DeadSocket(Exception):
@@ -106,11 +110,20 @@ class Daemon:
         timeout_s = timeout_s or self.timeout_s
         connection = _Connection(self.run_dir, timeout_s)
         try:
-            connection.request(
-                method, path, body, {} if body is None else {"Content-Type": "application/json"}
-            )
-            answer = connection.getresponse()
-            return answer.status, answer.read(ANSWER_BYTES_MAX)
+            with self._reported(timeout_s):
+                connection.request(
+                    method, path, body, {} if body is None else {"Content-Type": "application/json"}
+                )
+                answer = connection.getresponse()
+                return answer.status, answer.read(ANSWER_BYTES_MAX)
+        finally:
+            connection.close()
+
+    @contextmanager
+    def _reported(self, timeout_s: float) -> Iterator[None]:
+        """What can go wrong with a connection, as an error of ours."""
+        try:
+            yield
         except (ConnectionRefusedError, FileNotFoundError):
             raise DeadSocket(str(self.run_dir / SOCKET_NAME)) from None
         except PermissionError:
@@ -122,8 +135,46 @@ class Daemon:
             ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise DaemonError(f"{self} broke off: {error or type(error).__name__}") from None
+
+    def stream(self, path: str, deadline_s: float = math.inf) -> Iterator[list[dict[str, Any]]]:
+        """GET of lines of JSON that come one by one; the objects in them, as many at a time as came at once.
+        Ends behind the one with "end", or at `deadline_s` on the monotonic clock. Raises as `request`; also
+        when it breaks off before that."""
+        connection = _Connection(self.run_dir, self.timeout_s)
+        try:
+            with self._reported(self.timeout_s):
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                if answer.status >= 400:
+                    raise from_dict(json.loads(answer.read(ANSWER_BYTES_MAX)).get("error"))
+            yield from self._lines(connection, answer, deadline_s)
         finally:
             connection.close()
+
+    def _lines(
+        self, connection: _Connection, answer: http.client.HTTPResponse, deadline_s: float
+    ) -> Iterator[list[dict[str, Any]]]:
+        rest = b""
+        while True:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return
+            connection.sock.settimeout(min(left_s, self.timeout_s))
+            try:
+                with self._reported(self.timeout_s):
+                    came = answer.read1(_PIECE_BYTES)
+            except DaemonError:
+                if time.monotonic() >= deadline_s:
+                    return
+                raise
+            if not came:
+                raise DaemonError(f"{self} broke off: it may have been killed")
+            *whole, rest = (rest + came).split(b"\n")
+            with self._reported(self.timeout_s):
+                found = [json.loads(line) for line in whole if line]
+            yield found
+            if found and "end" in found[-1]:
+                return
 
     def process(self) -> int:
         """A pidfd of the process that listens at the socket (not of what daemon.json claims). DeadSocket."""

@@ -27,6 +27,7 @@ from tierblk.cli import (
     stop,
     sync,
     top,
+    trace,
 )
 from tierblk.cli import list as list_
 from tierblk.cli.output import complain, put_json
@@ -45,6 +46,7 @@ VERBS = (
     list_,
     status,
     top,
+    trace,
     sync,
     repin,
     stop,

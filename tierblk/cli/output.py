@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from tierblk.errors import TierblkError
 
@@ -32,9 +32,9 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def put(text: str) -> None:
-    """A line on stdout, there when this returns."""
-    print(plain(text), flush=True)
+def put(text: str, to: TextIO | None = None) -> None:
+    """A line on stdout, or there, when this returns."""
+    print(plain(text), file=to, flush=True)
 
 
 def put_line(text: str) -> None:
@@ -47,10 +47,10 @@ def put_json(document: Any) -> None:
     print(json.dumps(document, indent=2), flush=True)
 
 
-def put_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def put_table(header: Sequence[str], rows: Sequence[Sequence[str]], to: TextIO | None = None) -> None:
     """Columns as wide as they need to be; the last one is not padded."""
     lines = [header, *rows]
     widths = [max(len(plain(line[n])) for line in lines) for n in range(len(header))]
     for line in lines:
         padded = (plain(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
-        put("  ".join(padded).rstrip())
+        put("  ".join(padded).rstrip(), to)
