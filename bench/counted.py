@@ -95,6 +95,10 @@ def _misses(tierblk: Tierblk) -> int:
     return int(status["miss_requests"]) + int(status["errors"])
 
 
+def _as_it_is(target: Target) -> ContextTarget:
+    return lambda: nullcontext(target)
+
+
 @contextmanager
 def _traced(target: Target, device_name: str) -> Iterator[Target]:
     """The same device, of which each request is recorded and looked at, and none is shown."""
@@ -150,7 +154,7 @@ def measure(plan: Plan, result: Result, tools: Tools, progress: Progress) -> Non
             ours.append(Tierblk(*folders, url, CACHE_MIB, name="tierblk-copy", plane="copy"))
             targets.append(_warm(stack, ours[1], image, progress))
         targets += _peers(stack, tools.null_server, ours[0].slots)
-        contexts = [partial(nullcontext, target) for target in targets]
+        contexts = [_as_it_is(target) for target in targets]
         if tools.trace:
             contexts.insert(1, partial(_traced, targets[0], ours[0].device_name))
         before = [_misses(tierblk) for tierblk in ours]

@@ -194,6 +194,11 @@ class RunningCommand:
             _become(tierblk.cli.main, words, self._said_fds)
         self._process_fd = os.pidfd_open(self.pid)
 
+    @property
+    def said(self) -> str:
+        """What is on its stdout so far."""
+        return os.pread(self._said_fds[0], 1 << 26, 0).decode(errors="replace")
+
     def finish(self, limit_s: float) -> Answer:
         """Its answer. Raises AssertionError, and kills it, when it takes longer than `limit_s`."""
         poll = select.poll()
