@@ -248,8 +248,8 @@ class ControlServer:
     @web.middleware
     async def _outlasts_its_client(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The server cancels what a client asked for that hung up. Right for a reading, a trace, and an
-        attach, whose client is gone with Ctrl-C, or after its time-out; a detach that was begun must come to its end.
-        """
+        attach, whose client is gone with Ctrl-C, or after its time-out; a detach that was begun must come to
+        its end."""
         if request.match_info.handler in self._abandoned:
             return await handler(request)
         running = asyncio.ensure_future(handler(request))

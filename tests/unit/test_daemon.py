@@ -24,6 +24,7 @@ from tierblk.device import Device
 from tierblk.errors import CacheError, DaemonError
 from tierblk.ready import Ready
 from tierblk.rundir import END_NAME, RUN_DIR_VARIABLE
+from tierblk.tracing import Readers
 
 LIMIT_S = 20.0
 
@@ -36,6 +37,7 @@ class StubDevice:
     def __init__(self) -> None:
         self.ends: list[str] = []
         self.base = None
+        self.traces = Readers(lambda: 1e-9)
 
     async def hand_over(self) -> None:
         self.ends.append("handed over")
