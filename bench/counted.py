@@ -100,10 +100,10 @@ def _as_it_is(target: Target) -> ContextTarget:
 
 
 @contextmanager
-def _traced(target: Target, device_name: str) -> Iterator[Target]:
+def _traced(target: Target, tierblk: Tierblk) -> Iterator[Target]:
     """The same device, of which each request is recorded and looked at, and none is shown."""
-    command = [sys.executable, "-m", "tierblk", "trace", device_name, "--tier", "miss"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    words = ["trace", tierblk.device_name, "--cache-dir", str(tierblk.cache_dir), "--tier", "miss"]
+    with subprocess.Popen([sys.executable, "-m", "tierblk", *words], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             if not process.stdout.readline():
@@ -156,7 +156,7 @@ def measure(plan: Plan, result: Result, tools: Tools, progress: Progress) -> Non
         targets += _peers(stack, tools.null_server, ours[0].slots)
         contexts = [_as_it_is(target) for target in targets]
         if tools.trace:
-            contexts.insert(1, partial(_traced, targets[0], ours[0].device_name))
+            contexts.insert(1, partial(_traced, targets[0], ours[0]))
         before = [_misses(tierblk) for tierblk in ours]
         _rounds(plan, contexts, tools.hitter, result, progress)
         if before != [_misses(tierblk) for tierblk in ours]:

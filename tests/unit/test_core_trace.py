@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.engine_rig import TIMEOUT_S, Rig
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Layer, LocalDoor, Trace, Traced, map_bytes, ticks_now
+from tierblk.core._core import ffi, lib
 from tierblk.core.traces import RECORDS
 from tierblk.latency import OPERATIONS, TIERS
 
@@ -23,6 +26,8 @@ IMAGE = random.Random(3).randbytes(BLOCKS * BLOCK_BYTES)
 IMAGE = IMAGE[: ZERO_BLOCK * BLOCK_BYTES] + bytes(BLOCK_BYTES) + IMAGE[(ZERO_BLOCK + 1) * BLOCK_BYTES :]
 VOLUME = 2
 MANY_BLOCKS = 1024
+CORE = ROOT / "tierblk" / "core"
+SMALL = "TB_TRACE_RECORDS 8"
 
 
 @pytest.fixture
@@ -182,15 +187,16 @@ def test_only_what_is_wanted_is_given(rig: Rig, volume: LocalDoor) -> None:
 
 def test_what_is_written_over_before_it_is_read_is_counted(volume: LocalDoor) -> None:
     slow, fast = volume.trace(), volume.trace()
+    buffer = ffi.new("uint8_t[]", 100 * BLOCK_BYTES)  # Door.read makes a new one each time
     seen = 0
-    for _ in range(20):
-        volume.read(0 + 24 * BLOCK_BYTES, 1000 * BLOCK_BYTES)
+    for _ in range(200):
+        assert not lib.tb_local_read(volume.queues[0], 24 * BLOCK_BYTES, len(buffer), buffer)
         seen += len(all_of(fast))
     assert seen == 20_000
     records, lost = slow.read(30_000)
     assert len(records) + lost == 20_000
     assert RECORDS - 1 <= len(records) <= RECORDS
-    assert records[-1].offset_bytes == 1023 * BLOCK_BYTES
+    assert records[-1].offset_bytes == 123 * BLOCK_BYTES
     assert slow.read(1) == ([], 0)
     slow.close()
     fast.close()
@@ -280,3 +286,17 @@ def test_a_trace_may_be_closed_after_its_door(rig: Rig) -> None:
     trace.close()
     with pytest.raises(ValueError, match="closed"):
         door.trace()
+
+
+def test_what_is_written_over_while_it_is_copied_is_not_given(tmp_path: Path) -> None:
+    """With a ring of eight records, and a writer that is always about to write over what is copied; switched
+    on and off all the time."""
+    for path in [*CORE.glob("*.h"), CORE / "trace.c", Path(__file__).with_name("trace_race.c")]:
+        (tmp_path / path.name).write_text(path.read_text().replace(f"TB_TRACE_RECORDS {RECORDS}", SMALL))
+    program = tmp_path / "race"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-pthread"]
+    subprocess.run(["gcc", *flags, tmp_path / "trace_race.c", "-o", program], check=True, timeout=60)
+    done = subprocess.run([program, "10000000"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    turns, read, lost = map(int, done.stdout.split())
+    assert min(turns, read, lost) > 0
