@@ -220,6 +220,7 @@ class Summary:
         self.errors = 0
         self._counts: dict[str, list[int]] = {}
         self._bytes: dict[str, int] = {}
+        self._longest_us: dict[str, float] = {}
 
     def add(self, document: dict[str, Any]) -> None:
         """A request, or what was lost."""
@@ -231,6 +232,7 @@ class Summary:
         bucket = bucket_of(round(document["latency_us"] * 1e-6 / _TICK_S))
         counts[min(bucket, LATENCY_BUCKETS - 1)] += 1
         self._bytes[kind] = self._bytes.get(kind, 0) + int(document["length_bytes"])
+        self._longest_us[kind] = max(self._longest_us.get(kind, 0.0), document["latency_us"])
         self.errors += bool(document["error"])
 
     @property
@@ -240,7 +242,11 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
         tiers = {
-            kind: {**Latencies(counts, _TICK_S).to_dict(), "bytes": self._bytes[kind]}
+            kind: {
+                **Latencies(counts, _TICK_S).to_dict(),
+                "max_us": self._longest_us[kind],
+                "bytes": self._bytes[kind],
+            }
             for kind, counts in self._counts.items()
         }
         return {"requests": self.requests, "errors": self.errors, "lost": self.lost, "tiers": tiers}
@@ -256,10 +262,11 @@ class Summary:
         rows = []
         for kind, counts in sorted(self._counts.items(), key=lambda item: -sum(item[1])):
             latencies = Latencies(counts, _TICK_S)
-            each = [latencies.percentile_s(percent) or 0.0 for percent in (50, 90, 99, 100)]
-            rows.append(
-                [kind, str(latencies.total), format_size(self._bytes[kind]), *(_short(s * 1e6) for s in each)]
-            )
+            # A percentile may be a quarter too long, but none is longer than the longest.
+            longest_us = self._longest_us[kind]
+            each = [min((latencies.percentile_s(p) or 0.0) * 1e6, longest_us) for p in (50, 90, 99)]
+            took = [_short(us) for us in (*each, longest_us)]
+            rows.append([kind, str(latencies.total), format_size(self._bytes[kind]), *took])
         return rows
 
 
