@@ -212,11 +212,11 @@ async def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     await server.close()
 
 
-async def connected(server: control.ControlServer, query: str = "") -> Any:
+async def connected(server: control.ControlServer, query: str = "", method: str = "GET") -> Any:
     """(reader, writer) of a client that has asked."""
     with socket_address(server.run_dir) as address:
         reader, writer = await asyncio.open_unix_connection(address, limit=4096)
-    writer.write(f"GET /v1/devices/a/trace{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    writer.write(f"{method} /v1/devices/a/trace{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     return reader, writer
 
 
@@ -248,6 +248,12 @@ async def test_a_client_that_takes_nothing_is_not_read_for_and_one_that_hangs_up
 async def test_a_parameter_that_is_there_twice(server: control.ControlServer) -> None:
     reader, writer = await connected(server, "?tier=hit&tier=miss")
     assert (await reader.readline()).startswith(b"HTTP/1.1 409")
+    writer.close()
+
+
+async def test_only_the_head_of_it_cannot_be_asked_for(server: control.ControlServer) -> None:
+    reader, writer = await connected(server, method="HEAD")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 405")
     writer.close()
 
 
