@@ -154,7 +154,7 @@ def measure(plan: Plan, result: Result, tools: Tools, progress: Progress) -> Non
             ours.append(Tierblk(*folders, url, CACHE_MIB, name="tierblk-copy", plane="copy"))
             targets.append(_warm(stack, ours[1], image, progress))
         targets += _peers(stack, tools.null_server, ours[0].slots)
-        contexts = [_as_it_is(target) for target in targets]
+        contexts: list[ContextTarget] = [_as_it_is(target) for target in targets]
         if tools.trace:
             contexts.insert(1, partial(_traced, targets[0], ours[0]))
         before = [_misses(tierblk) for tierblk in ours]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from threading import local
@@ -77,7 +77,7 @@ class PageCheck:
         self._live = view.state is State.SERVED
         self._memory = local()
 
-    def check(self, places: Iterable[Place]) -> Iterator[Checked]:
+    def check(self, places: Iterable[Place]) -> Generator[Checked, None, None]:
         """Of all places, which have clean pages, in an order that suits the disk."""
         runs = _runs(places)
         pool = ThreadPoolExecutor(READERS, "check")

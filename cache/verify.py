@@ -8,6 +8,7 @@ counted, and what its masks and its slot's owner say is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -188,14 +189,16 @@ def _count(counts: LayerFound, layer: LayerView) -> None:
 def _check_pages(view: View, layers: list[LayerView], found: Found, slots: int, progress: Progress) -> None:
     """I5: what entries name is in the slots file."""
     counts = {layer.record.layer_id: each for layer, each in zip(layers, found.layers, strict=True)}
-    for checked in PageCheck(view).check(_places(view, layers, found)):
-        found.checked_slots += checked.places
-        found.unsettled_blocks += checked.unsettled
-        for bad in checked.bad:
-            counts[bad.layer.record.layer_id].bad.append(bad)
-            for text in _texts(bad):
-                found.add(Violation("I5", bad.layer.record.layer_id, bad.block, text))
-        progress(found.checked_slots, max(slots, found.checked_slots))
+    # Closed here, also by a Ctrl-C: its threads read files that the view closes.
+    with closing(PageCheck(view).check(_places(view, layers, found))) as results:
+        for checked in results:
+            found.checked_slots += checked.places
+            found.unsettled_blocks += checked.unsettled
+            for bad in checked.bad:
+                counts[bad.layer.record.layer_id].bad.append(bad)
+                for text in _texts(bad):
+                    found.add(Violation("I5", bad.layer.record.layer_id, bad.block, text))
+            progress(found.checked_slots, max(slots, found.checked_slots))
 
 
 def _places(view: View, layers: list[LayerView], found: Found) -> Iterator[Place]:

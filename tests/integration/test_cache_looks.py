@@ -354,14 +354,8 @@ def test_slots_that_change_hands_while_they_are_read(host: Host, tmp_path: Path)
     worker = threading.Thread(target=work)
     worker.start()
     try:
-        command = [
-            sys.executable,
-            "-c",
-            READING,
-            str(host.directory),
-            str(host.run_dir),
-            str(tmp_path / "image"),
-        ]
+        paths = (host.directory, host.run_dir, tmp_path / "image")
+        command = [sys.executable, "-c", READING, *map(str, paths)]
         done = subprocess.run(command, capture_output=True, check=False, timeout=100, text=True)
     finally:
         ends.set()

@@ -15,8 +15,7 @@ import pytest
 from tests.cache_rig import read_superblock, run_directory
 from tests.property.host import Host
 from tests.property.volume_daemon import VolumeDaemon
-from tierblk.cache import invariants
-from tierblk.cache import verify as verifying
+from tierblk.cache.invariants import check_masks
 from tierblk.cache.maps import ENTRY_BYTES
 from tierblk.cache.reading import Missing, Reader
 from tierblk.cache.rows import Entry
@@ -196,13 +195,12 @@ def test_an_entry_that_was_seen_half_changed_is_looked_at_again(
 ) -> None:
     good = files.entry(BASE, 4)
     files.set_entry(BASE, 4, good._replace(zero=1))
-    check = invariants.check_masks
 
     def checking(layer: object, block: int, entry: Entry) -> object:
-        found = list(check(layer, block, entry))  # type: ignore[arg-type]
+        found = list(check_masks(layer, block, entry))  # type: ignore[arg-type]
         if found:
             files.set_entry(BASE, 4, good)
         return found
 
-    monkeypatch.setattr(verifying, "check_masks", checking)
+    monkeypatch.setattr("tierblk.cache.verify.check_masks", checking)
     assert verify(files.directory, files.run_dir).violations == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine_rig import Rig, unpack_row
-from tierblk.core import BLOCK_BYTES, MAP_HEADER_BYTES, PAGE_BYTES, ROW_BYTES, Engine, crc32c
+from tierblk.core import BLOCK_BYTES, MAP_HEADER_BYTES, PAGE_BYTES, ROW_BYTES, Engine, crc32c, page_sums
 from tierblk.latency import lower_bound_ticks
 
 TAIL_BYTES = 3 * 512
@@ -31,6 +31,14 @@ def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
 def test_crc32c_is_castagnoli() -> None:
     assert crc32c(b"123456789") == 0xE3069283  # the check value of RFC 3720's polynomial
     assert crc32c(b"6789", crc32c(b"12345")) == 0xE3069283
+
+
+@pytest.mark.parametrize("mask", [0, 1, 0x8000, 0xFFFF, 0x7FF8, 0b1011_1111_0110])
+def test_sums_of_the_pages_of_a_block(mask: int) -> None:
+    block = os.urandom(BLOCK_BYTES)
+    sums = memoryview(page_sums(memoryview(block), mask)).cast("I")
+    wanted = [crc32c(block[at : at + PAGE_BYTES]) for at in range(0, BLOCK_BYTES, PAGE_BYTES)]
+    assert list(sums) == [each if mask >> page & 1 else 0 for page, each in enumerate(wanted)]
 
 
 def test_a_miss_is_filled_once_and_then_hits(rig: Rig) -> None:

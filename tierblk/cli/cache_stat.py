@@ -6,7 +6,7 @@ With --json: {"directory", "uuid", "format", "state", "clean", "pid", "session",
 "slots", "cached_bytes", "zero_bytes", "dirty_bytes"}}, "files": {NAME: bytes}, "damaged": [{"layer_id",
 "what", "why"}], "only_here": [{"layer_id", "kind", "name", "bytes", "since"}], "hit_ratio", "hit_bytes",
 "miss_bytes", "oldest_dirty_since", "commit_failure", "daemon_trouble"}. What is not known is null; times
-are seconds since 1970. Slots of which nobody serves the directory are free when no block has them.
+are seconds since 1970. Of a directory that nobody serves a slot counts as free when no block has it.
 """
 
 from __future__ import annotations
