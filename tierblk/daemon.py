@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections import ChainMap
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tierblk import records, sample, takeover
+from tierblk import records, takeover
 from tierblk.bases import Bases
 from tierblk.cache import Cache
 from tierblk.care import Care
@@ -27,14 +26,14 @@ from tierblk.config import Config, cache_conflicts
 from tierblk.core import BLOCK_BYTES, Engine, ublk
 from tierblk.device import Device, Home
 from tierblk.driver import driver_error, stamp_of
-from tierblk.errors import DaemonError, DeviceError, TierblkError, UnknownDevice
+from tierblk.errors import DaemonError, DeviceError, TierblkError
 from tierblk.fill import Fills
 from tierblk.layer import Filled, Stack
 from tierblk.readings import Readings
 from tierblk.records import DeviceRecord
 from tierblk.remote import RawImage, open_source, open_store, read_birth
 from tierblk.rundir import run_root
-from tierblk.snapshot import Snapshot
+from tierblk.seen import Seen
 from tierblk.stacks import NO_WISHES, Stacks
 from tierblk.takeover import TakeOver
 from tierblk.tracing import Reader, Wanted
@@ -52,28 +51,18 @@ _TAKE_OVER_S = 5.0
 """How long the control socket waits for devices to be taken over; then commands see them as they are."""
 
 
-class Daemon:
+class Daemon(Seen):
     """Serves one cache directory and the devices that use it. See control.DaemonApi for what it can be
     asked."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        super().__init__(config)
         self._executor = ThreadPoolExecutor(_CONTROL_THREADS, "tierblk-control")
-        self._cache: Cache | None = None
-        self._fills: Fills | None = None
-        self._stacks: Stacks | None = None
-        self._home: Home | None = None
-        self._devices: dict[str, Device] = {}
-        self._takeovers: dict[str, TakeOver] = {}
         self._names: dict[str, asyncio.Lock] = {}
         self._calls: set[asyncio.Task[Any]] = set()
         self._readings = Readings()
         self._stopping = asyncio.Event()
         self._hands_over = False
-        self._started = time.time()
-        self._tick_s = 0.0
-        self.warnings: list[str] = []  # of the daemon itself, for all who ask
-        self._upkeep: Upkeep | None = None
         self._care: Care | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -459,78 +448,9 @@ class Daemon:
         goes_on = device.state == "handed over"
         return await self._stacks.release(device.stack, device.name, goes_on=goes_on, keep_claim=keep_claim)
 
-    def _find(self, name: str) -> Device:
-        if name in self._takeovers:
-            waiting = self._takeovers[name]
-            raise DeviceError(f"{name} ({waiting.record.path}) is {waiting.state}: {waiting.reason}")
-        if name not in self._devices:
-            raise UnknownDevice(f"no device is called {name}", "`tierblk list` shows those that there are")
-        return self._devices[name]
-
     def trace(self, name: str, wanted: Wanted) -> Reader:
         """See control.DaemonApi."""
         return self._find(name).traces.open(wanted)
-
-    def devices(self) -> list[dict[str, Any]]:
-        """See control.DaemonApi."""
-        shown = [self._shown(device) for device in self._devices.values()]
-        shown += [waiting.to_dict() for waiting in self._takeovers.values()]
-        return sorted(shown, key=lambda device: float(device["attached"]))
-
-    def device(self, name: str) -> dict[str, Any]:
-        """See control.DaemonApi."""
-        if name in self._takeovers:
-            return self._takeovers[name].to_dict()
-        return self._shown(self._find(name))
-
-    def _shown(self, device: Device) -> dict[str, Any]:
-        """A device, with the cache's own trouble when the remote has none."""
-        shown = device.to_dict()
-        trouble = self._upkeep.trouble if self._upkeep else None
-        if self._stacks is not None and (far := far_of(device.stack)) is not None:
-            shown["write_back"] = self._stacks.volumes.shown(far)
-            if far.standing.fenced:
-                shown["state"], shown["reason"], shown["read_only"] = "fenced", far.standing.fenced, True
-        if shown["state"] == "ok" and trouble:
-            shown["state"], shown["reason"] = "degraded", trouble
-        shown["warnings"] = [*shown["warnings"], *self.warnings]
-        return shown
-
-    def top(self) -> dict[str, Any]:
-        """See control.DaemonApi."""
-        tick_s = self._home.engine.tick_s() if self._home else 0.0
-        latencies = {name: device.latencies(tick_s) for name, device in self._devices.items()}
-        throttle = self._upkeep.throttle if self._upkeep else None
-        remotes = sample.remotes(self._stacks) if self._stacks else []
-        return sample.document(self.info(), self.devices(), latencies, tick_s, throttle, remotes)
-
-    async def snapshot(self) -> Snapshot:
-        """See control.DaemonApi."""
-        assert self._cache is not None
-        assert self._stacks is not None
-        # Measured once: counts must never move to another bucket.
-        self._tick_s = self._tick_s or self._cache.engine.tick_s()
-        devices, latencies = [waiting.to_dict() for waiting in self._takeovers.values()], {}
-        for device in list(self._devices.values()):
-            devices.append(self._shown(device))
-            latencies[device.name] = device.latencies(self._tick_s)
-            await asyncio.sleep(0)  # misses are served between devices
-        return Snapshot(self.info(), devices, latencies, self._stacks.remotes())
-
-    def info(self) -> dict[str, Any]:
-        """The daemon and its cache directory."""
-        cache = self._cache
-        return {
-            "pid": os.getpid(),
-            "started": self._started,
-            "cache_dir": str(self._config.cache.dir),
-            "config_path": str(self._config.path),
-            "cache": cache.stats() if cache else {},
-            "fills": self._fills.busy if self._fills else 0,
-            "slot_write_failure": self._fills.slot_write_failure if self._fills else None,
-            "throttle": self._upkeep.throttle if self._upkeep else None,
-            "warnings": self.warnings,
-        }
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 from tierblk import records, values
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Engine, UblkDoor, ublk
+from tierblk.counts import SHOWN_STATS
 from tierblk.driver import STOP_MS, driver_error, send_try_stop
 from tierblk.errors import DeviceError
 from tierblk.latency import Latencies, by_tier
@@ -463,36 +464,6 @@ class Device:
             "recovered": self.recovered,
             "warnings": self.warnings,
         }
-
-
-SHOWN_STATS = (
-    "hit_bytes",
-    "zero_bytes",
-    "miss_bytes",
-    "requests",
-    "hit_requests",
-    "zero_requests",
-    "miss_requests",
-    "errors",
-    "slot_errors",
-    "active",
-    "waiting",
-    "oldest_wait_ms",
-    "enters",
-    "bounced",
-    "memory_requests",
-    "write_requests",
-    "write_bytes",
-    "partial_writes",
-    "space_waits",
-    "paced",
-    "yielded",
-    "flush_requests",
-    "flush_records",
-    "flush_commits",
-    "discard_requests",
-    "discard_bytes",
-)
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

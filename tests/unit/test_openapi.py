@@ -16,7 +16,7 @@ from tests.tries import tried
 from tests.unit.fake_daemon import FakeDaemon
 from tests.unit.test_records import RECORD
 from tierblk import config, control, messages, openapi, records
-from tierblk.device import SHOWN_STATS
+from tierblk.counts import SHOWN_STATS
 from tierblk.latency import TIERS, Latencies
 
 KEPT = ROOT / "docs" / "openapi.json"
