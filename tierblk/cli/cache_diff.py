@@ -9,7 +9,6 @@ With --json: {"layers": [{"layer_id", "what", "compared_bytes", "skipped_bytes",
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,8 @@ from tierblk.cli.byterange import add_range
 from tierblk.cli.cache_evict import add_layer
 from tierblk.cli.output import put, put_json, say
 from tierblk.cli.target import add_target, looking
-from tierblk.core import PAGE_BYTES
 from tierblk.errors import CacheError
-from tierblk.extent import Extent
+from tierblk.extent import PAGE_BYTES, Extent
 from tierblk.units import format_exact_size, format_size
 
 if TYPE_CHECKING:
@@ -42,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A line a range that differs, and a total a layer."""
+    import asyncio
+
     from tierblk.config import load
 
     is_config = args.target.endswith(".toml") or Path(args.target).is_file()

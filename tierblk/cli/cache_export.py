@@ -11,7 +11,6 @@ attached is read through its daemon, and the three numbers in the middle are 0.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -53,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Says what came of it."""
+    import asyncio
+
     from tierblk.exporting import Wanted
 
     if args.file == "-" and args.format != "raw":

@@ -9,7 +9,6 @@ With --json: {"directory", "size_bytes", "before_bytes"}.
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 
 from tierblk.cli.arguments import add_json
@@ -31,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Says what it was and is."""
+    import asyncio
+
     directory = resolve(args.target, args.timeout_s).directory
     wanted = _size(args.size)
     before, after = asyncio.run(_resize(directory, wanted))
@@ -60,6 +61,8 @@ def _size(text: str) -> int:
 
 
 async def _resize(directory: Path, size_bytes: int) -> tuple[int, int]:
+    import asyncio
+
     from tierblk.cache.superblock import SLOT_BYTES
     from tierblk.workshop import size_of, workshop
 

@@ -3,7 +3,6 @@ that nobody serves."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +44,8 @@ def change(
             return ask(daemon)
         except DeadSocket:
             raise DaemonError(f"{daemon} ended while it was asked", "do it again") from None
+
+    import asyncio
 
     async def work() -> dict[str, Any]:
         from tierblk.workshop import workshop
