@@ -17,6 +17,7 @@ from tierblk.cli import (
     cache_resize,
     cache_stat,
     cache_verify,
+    cache_warm,
 )
 
 NAME = "cache"
@@ -32,6 +33,7 @@ VERBS = (
     cache_export,
     cache_evict,
     cache_pin,
+    cache_warm,
     cache_resize,
     cache_gc,
 )
