@@ -1,5 +1,5 @@
-"""The commands of `tierblk cache` that change something, by the daemon of a real device: warm, pin, evict, verify
---repair, gc; and what looks beside it."""
+"""The commands of `tierblk cache` that change something, by the daemon of a real device: warm, pin, evict, gc,
+verify --repair."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_file_is_warmed_by_its_path(
     device = tierblk.attach(config)
     found = said(tierblk, "warm", "files", "--file", "/wanted")
     assert found["wanted_bytes"] == 5 * MIB
-    assert found["fetched_bytes"] <= 5 * MIB
+    assert found["fetched_bytes"] <= 5 * MIB + 4 * 4096  # whole pages
     requests = tierblk.status("files")["remote_requests"]
     direct = Direct(device)
     got = b"".join(direct.read(offset, length) for offset, length in found["ranges"])
