@@ -1,5 +1,5 @@
-"""The commands of `tierblk cache` that change something, by the daemon of a real device: warm, pin, evict, gc,
-verify --repair."""
+"""The commands of `tierblk cache` that change something, by the daemon of a real device: warm, pin, evict,
+gc, verify --repair."""
 
 from __future__ import annotations
 
