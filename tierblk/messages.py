@@ -79,8 +79,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-LayerId = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=LAYER_ID_MAX)]
-Offset = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=(1 << 63) - 1)]
+LayerId = Annotated[int, Field(ge=1, le=LAYER_ID_MAX), BeforeValidator(_whole)]
+Offset = Annotated[int, Field(ge=0, le=(1 << 63) - 1), BeforeValidator(_whole)]
 Range = Annotated[list[Offset], Field(min_length=2, max_length=2)]
 """[offset, length] in bytes."""
 Ranges = Annotated[list[Range], Field(max_length=65536)]
@@ -176,13 +176,21 @@ class WriteBack(Answer):
     dirty_bytes: Count
     dirty_since: UnixTime | None
     uploading: bool
+    sealed_bytes: Count
+    sent_bytes: Count
+    sending: Count
+    uploaded_bytes: Count
+    fullness: float | None = None
+    max_dirty_bytes: Count | None
     epochs: Count
     put_requests: Count
     put_bytes: Count
     durability: Literal["local", "remote"]
+    held: bool
     fenced: str | None
     trouble: str | None
     trouble_since: UnixTime | None
+    next_try_s: float | None
 
 
 class WaitingDevice(Answer):
@@ -217,6 +225,8 @@ class Device(WaitingDevice):
     zero_requests: Count
     miss_requests: Count
     errors: Count
+    slot_errors: Count
+    active: Count
     waiting: Count
     oldest_wait_ms: Count
     enters: Count
@@ -290,6 +300,13 @@ class NoCounts(Answer):
     """Of a cache that is not open yet, or no longer."""
 
 
+class Throttle(Answer):
+    """How writes that need a new slot are slowed down."""
+
+    reason: Literal["upload", "slots"]
+    bytes_per_s: Count
+
+
 class DaemonInfo(Answer):
     """The daemon and its cache directory. fills: blocks that are being filled."""
 
@@ -299,6 +316,9 @@ class DaemonInfo(Answer):
     config_path: str
     cache: CacheCounts | NoCounts
     fills: Count
+    slot_write_failure: str | None
+    throttle: Throttle | None
+    warnings: list[str]
 
 
 class EvictedBytes(Answer):

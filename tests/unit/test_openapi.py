@@ -49,6 +49,9 @@ class Honest(FakeDaemon):
         return {
             **told,
             "fills": 0,
+            "slot_write_failure": None,
+            "throttle": None,
+            "warnings": [],
             "cache": {"slots": 255, "session": 1, "layers": [], "commit_failure": None},
         }
 
