@@ -36,7 +36,8 @@ async def workshop(path: Path, size_bytes: int | None = None) -> AsyncIterator[C
 
 
 def _opened(path: Path, size_bytes: int) -> Cache:
-    settings = CacheSettings.model_validate({"dir": os.path.abspath(path), "size": size_bytes})
+    # Not validated: a directory that is there may be smaller than one that is to be made.
+    settings = CacheSettings.model_construct(dir=Path(os.path.abspath(path)), size=size_bytes)
     return Cache.open(settings, run_root(), partial(Engine, staging_bytes=_STAGING_BLOCKS * BLOCK_BYTES))
 
 

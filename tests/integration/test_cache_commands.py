@@ -38,6 +38,8 @@ COMMANDS = {
     "stat --json": ["stat", DIRECTORY, "--json"],
     "ls": ["ls", DIRECTORY],
     "ls --json": ["ls", DIRECTORY, "--json"],
+    "map": ["map", DIRECTORY],
+    "map --json": ["map", DIRECTORY, "--json"],
     "blocks": ["blocks", DIRECTORY, "all"],
     "blocks --sums": ["blocks", DIRECTORY, "all", "--sums"],
     "blocks --json": ["blocks", DIRECTORY, "all", "--json"],

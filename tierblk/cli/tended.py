@@ -19,13 +19,17 @@ CHANGE_TIMEOUT_S = 600.0
 
 
 def daemon_of(view: View, timeout_s: float) -> Daemon | None:
-    """That which serves the directory; None: nobody does. DaemonError: it cannot be reached."""
+    """That which serves the directory, and answers; None: nobody does. DaemonError: it cannot be reached."""
     from tierblk.cache import State
 
     if view.state is not State.SERVED:
         return None
     for daemon in candidates(timeout_s):
         if daemon.run_dir == run_root() / str(view.superblock.uuid):
+            try:
+                daemon.get("/v1/daemon")  # what it is asked to do may take longer than a hang is borne
+            except DeadSocket:
+                break
             return daemon
     raise DaemonError(
         f"the daemon that serves {view.path} has no control socket", "it may be starting or ending"
