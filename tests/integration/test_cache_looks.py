@@ -109,6 +109,9 @@ class Api:
         cache = {"free": 101, "quarantined": 7, "bad": 1, "commit_failure": None}
         return {"pid": os.getpid(), "cache_dir": "?", "config_path": "c", "started": 1, "cache": cache}
 
+    async def snapshot(self) -> Any:
+        raise AssertionError("nobody scrapes it")
+
     def devices(self) -> list[dict[str, Any]]:
         far = {"dirty_bytes": 4096, "dirty_since": 1_000_000.0}
         seen = {"hit_bytes": 300, "miss_bytes": 100, "url": URL, "validator": '"v1"'}
