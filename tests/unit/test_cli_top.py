@@ -32,7 +32,7 @@ from tierblk.errors import DeviceError
 
 __all__ = ["cli"]  # a fixture
 
-LIMIT_S = 20.0
+LIMIT_S = 45.0
 FAST = ("--interval", "100ms")
 
 
