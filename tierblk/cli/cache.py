@@ -1,4 +1,4 @@
-"""Looks into a cache directory, while a daemon serves it or none does. Nothing is changed."""
+"""Looks into a cache directory, while a daemon serves it or none does, or changes what is in it."""
 
 from __future__ import annotations
 
