@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import struct
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from tierblk.core import (
     FAIL,
     FILL,
     FILLED,
+    MAP_HEADER_BYTES,
     MISS,
     PAGE_BYTES,
     PAGES_PER_BLOCK,
@@ -33,6 +35,9 @@ from tierblk.core import (
 BASE, VOLUME = 1, 2
 BLOCKS = 8
 ALL = (1 << PAGES_PER_BLOCK) - 1
+MAP_ENTRY = struct.Struct("<I6H16x")
+"""slot, present, cached, zero, dirty, fresh, flags."""
+PROBATION = 2
 JUNK = b"j" * PAGE_BYTES
 
 
@@ -281,6 +286,25 @@ class FarRig:
         assert len(set(slots)) == len(slots)
         assert self.volume.dirty_pages() == dirty_pages
         assert self.volume.cached_pages() == cached_pages
+
+    def counted(self) -> None:
+        """The engine's counts are those of the maps, while nothing is under way: each slot is somebody's
+        once, and what eviction goes by is true."""
+        counts, used, on_probation = self.engine.stats(), {"volume": 0, "base": 0}, 0
+        holding = 0
+        for name, layer, file in (("volume", self.volume, 1), ("base", self.base, 2)):
+            if layer is None:
+                continue
+            packed = os.pread(self._files[file].fileno(), layer.blocks * MAP_ENTRY.size, MAP_HEADER_BYTES)
+            for slot, _, cached, _, dirty, _, flags in MAP_ENTRY.iter_unpack(packed):
+                used[name] += slot != 0
+                holding += slot != 0 and cached & dirty != 0
+                on_probation += flags & PROBATION != 0
+        elsewhere = sum(counts[name] for name in ("free", "quarantined", "pinned", "bad"))
+        assert used["volume"] + used["base"] + elsewhere == counts["slots"], counts
+        assert counts["volume_slots"] == used["volume"], counts
+        assert (counts["dirty_slots"], counts["far_slots"]) == (holding, holding), counts
+        assert counts["probation"] == on_probation, counts
 
     # -- the FIFO ---
 

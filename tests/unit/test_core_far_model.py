@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.core_far_rig import ALL, VOLUME, FarRig
+from tests.core_far_rig import ALL, BASE, VOLUME, FarRig
 from tests.property.effort import STEPS_VARIABLE
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES, PREFETCH, LocalDoor, Record, Sealed
 
 SECTOR = 512
 BLOCKS, BASE_BLOCKS, SLOTS, RESERVE = 12, 5, 15, 2
+PINNED_MAX = 3
 SECTORS = (BLOCKS - 1) * BLOCK_BYTES // SECTOR  # the last block is nobody's, see FarRig.looked_up
 PAGES = SECTORS * SECTOR // PAGE_BYTES
 WORKERS, ROUND = 5, 40
@@ -101,6 +102,7 @@ class World:
         self.todo: dict[int, list[int]] = {}
         self.sealed: list[Sealed] | None = None
         self.sealed_at = (0, 0)
+        self.pinned: set[tuple[int, int]] = set()
         stored = {
             page: b"".join(sectors(OF_STORE + page * 8 + n, 1) for n in range(8))
             for page in self.random.sample(range(PAGES), PAGES // 2)
@@ -190,11 +192,26 @@ class World:
         if short or chance > 0.8:
             rig.evict(self.random.randrange(1, 4))
             rig.commit()
+        if 0.5 < chance < 0.6:
+            self.tend()
         if 0.4 < chance < 0.42:
             first = self.random.randrange(BLOCKS)
             rig.engine.push(
                 [Record(PREFETCH, layer=VOLUME, block=first, value=2, pages=self.random.choice((0, 64)))]
             )
+
+    def tend(self) -> None:
+        """What a user may want of a block: that it goes, or that it stays (forget.c)."""
+        of_base = self.rig.base is not None and self.random.random() < 0.4
+        layer = self.rig.base if of_base and self.rig.base is not None else self.rig.volume
+        block = self.random.randrange(layer.blocks)
+        if self.random.random() < 0.7:
+            layer.drop(block, self.random.choice((ALL, self.random.randrange(1, ALL))))
+            return
+        key = BASE if of_base else VOLUME, block
+        pinned = key not in self.pinned and len(self.pinned) < PINNED_MAX
+        layer.pin(block, pinned)
+        (self.pinned.add if pinned else self.pinned.discard)(key)
 
     def run(self, until: Callable[[], bool]) -> None:
         def holds() -> bool:
@@ -221,6 +238,7 @@ class World:
         self.rig.obeyed()
         self.rig.until(holds)
         self.rig.consistent()
+        self.rig.counted()
         assert self.history.wrong() == []
         self.history.forget(self.history.now() if self.sealed is None else self.sealed_at[0])
 
