@@ -256,8 +256,11 @@ class Cache:
 
     async def _pin(self, layer_id: int, first_block: int, end_block: int, *, pinned: bool) -> None:
         async with self._opening:
-            record = tend.with_pins(self._records[layer_id], first_block, end_block, pinned=pinned)
-            tend.check_pins([*(self._records | {layer_id: record}).values()], self.engine)
+            if (known := self._records.get(layer_id)) is None:
+                raise CacheError(f"{self.path} has no layer {layer_id} any more")
+            record = tend.with_pins(known, first_block, end_block, pinned=pinned)
+            if pinned:  # what is too much, of a cache that was larger, can be taken back
+                tend.check_pins([*(self._records | {layer_id: record}).values()], self.engine)
             await asyncio.to_thread(self._index.put_layer, record)
             self._records[layer_id] = record
             await tend.apply_pins(self._layers[layer_id], first_block, end_block, pinned=pinned)
@@ -279,18 +282,23 @@ class Cache:
         """
         await _to_the_end(self._drop_volume(name))
 
-    async def drop_base(self, layer_id: int) -> None:
-        """As drop_volume, of a base that no device shows."""
-        await _to_the_end(self._drop(lambda: self._records.get(layer_id)))
+    async def drop_base(self, layer_id: int, may_go: Callable[[LayerRecord], bool]) -> bool:
+        """As drop_volume, of a base. may_go: asked when nothing can be opened any more; whether it is gone."""
+
+        def find() -> LayerRecord | None:
+            record = self._records.get(layer_id)
+            return record if record is not None and may_go(record) else None
+
+        return await _to_the_end(self._drop(find))
 
     async def _drop_volume(self, name: str) -> None:
         await self._drop(lambda: self.volume(name))
 
-    async def _drop(self, find: Callable[[], LayerRecord | None]) -> None:
+    async def _drop(self, find: Callable[[], LayerRecord | None]) -> bool:
         async with self._opening:
             record = find()
             if record is None:
-                return
+                return False
             layer, block = self._layers[record.layer_id], 0
             try:
                 while (next_block := layer.clear(block, _CLEAR_MAP_PAGES)) is not None:
@@ -306,6 +314,7 @@ class Cache:
             del self._records[record.layer_id]
             # The engine keeps its map as long as it runs: the next volume of that size gets it.
             self._spare[record.layer_id] = layer
+            return True
 
     async def commit(self) -> CommitReport:
         """Makes all that is cached durable; see commit.py. CacheError."""

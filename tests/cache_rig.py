@@ -148,12 +148,16 @@ class CacheRig:
     async def end(self, clean: bool) -> None:
         """Closes doors and cache. Not clean: as a kill would leave it, maps and all."""
         asyncio.get_running_loop().remove_reader(self.cache.engine.event_fd)
+        await self.end_doors()
+        await self.cache.close(clean)
+
+    async def end_doors(self) -> None:
+        """Nobody reads any more."""
         for door in self._doors.values():
             door.drain()
             door.quit()
             await asyncio.to_thread(door.close)
         self._doors.clear()
-        await self.cache.close(clean)
 
     def violations(self) -> list[Violation]:
         """Every invariant that can be checked on what the engine and the files say now."""

@@ -300,6 +300,7 @@ class FarRig:
                 used[name] += slot != 0
                 holding += slot != 0 and cached & dirty != 0
                 on_probation += flags & PROBATION != 0
+        counts["used"] = used["volume"] + used["base"]
         elsewhere = sum(counts[name] for name in ("free", "quarantined", "pinned", "bad"))
         assert used["volume"] + used["base"] + elsewhere == counts["slots"], counts
         assert counts["volume_slots"] == used["volume"], counts

@@ -17,6 +17,8 @@ class Bases:
     def __init__(self, cache: Cache, end_fetches: Callable[[int], Awaitable[None]]) -> None:
         """end_fetches: of the layer of that number; returns when none of them runs any more."""
         self.by_layer: dict[int, Base] = {}
+        self.opening: list[tuple[str, int, str]] = []
+        """Identities of those that will be there in a moment: their layers must not go."""
         self._cache = cache
         self._end_fetches = end_fetches
 
@@ -33,8 +35,7 @@ class Bases:
         source = await open_source(url, config.remote, known[-1] if known else None, pin=pin)
         try:
             image = RawImage(source)
-            identity = image.identity
-            layer: Layer = await self._cache.base_layer(identity.url, identity.size_bytes, identity.validator)
+            layer = await self._layer_of(image.identity)
         except BaseException:
             await source.aclose()
             raise
@@ -51,6 +52,14 @@ class Bases:
                 await self.release(base, user)
                 raise
         return base
+
+    async def _layer_of(self, identity: Identity) -> Layer:
+        wanted = (identity.url, identity.size_bytes, identity.validator)
+        self.opening.append(wanted)
+        try:
+            return await self._cache.base_layer(*wanted)
+        finally:
+            self.opening.remove(wanted)
 
     async def release(self, base: Base, user: str) -> None:
         """One user less; a base that nobody uses is closed. Its blocks stay cached."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from tierblk import tending
 from tierblk.cache import Cache
 from tierblk.extent import Extent
-from tierblk.records import DeviceRecord
 from tierblk.tending import Document
 
 
@@ -15,12 +14,13 @@ class Care:
     """Of one cache. All of it belongs to the event loop."""
 
     def __init__(
-        self, cache: Cache, in_use: Collection[int], waiting: Callable[[], list[DeviceRecord]]
+        self, cache: Cache, in_use: Collection[int], needed: Callable[[], list[tuple[str, int, str]]]
     ) -> None:
-        """in_use: ids of the layers that are open at any moment. waiting: devices that nobody serves yet."""
+        """in_use: ids of the layers that are open at any moment. needed: images of devices that nobody serves
+        yet, or that are being opened."""
         self._cache = cache
         self._in_use = in_use
-        self._waiting = waiting
+        self._needed = needed
 
     async def evict(self, layer_id: int, ranges: Sequence[Extent]) -> Document:
         """See tending.evict."""
@@ -36,7 +36,6 @@ class Care:
 
     async def collect(self, *, older_s: float, dry_run: bool) -> Document:
         """See tending.collect."""
-        needed = [(each.url, each.size_bytes, each.validator) for each in self._waiting()]
         return await tending.collect(
-            self._cache, older_s=older_s, dry_run=dry_run, in_use=self._in_use, needed=needed
+            self._cache, older_s=older_s, dry_run=dry_run, in_use=self._in_use, needed=self._needed
         )

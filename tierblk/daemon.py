@@ -88,7 +88,7 @@ class Daemon(Seen):
         self._fills = Fills(engine, filled, remote.max_window // BLOCK_BYTES, readahead=remote.readahead)
         self._home = Home(engine, self._executor, stamp_of(cache.uuid.bytes), cache.run_dir)
         self._upkeep = Upkeep(cache, self._fills, self._config, volumes)
-        self._care = Care(cache, filled, lambda: [each.record for each in self._takeovers.values()])
+        self._care = Care(cache, filled, self._needed)
         volumes.on_look = self._upkeep.look_at_dirt
         volumes.demand = lambda: any(layer.fetcher.counters.in_flight for layer in filled.values())
         self._upkeep.start()
@@ -98,6 +98,12 @@ class Daemon(Seen):
         known, _ = await self._run(records.read_all, cache.run_dir)
         wait = {record.name for record in known} | self._devices.keys() | self._takeovers.keys()
         await self._stacks.drop_orphans(wait)
+
+    def _needed(self) -> list[tuple[str, int, str]]:
+        """Images that are to be shown, and are not open yet."""
+        assert self._stacks is not None
+        waiting = (each.record for each in self._takeovers.values())
+        return [(each.url, each.size_bytes, each.validator) for each in waiting] + self._stacks.bases.opening
 
     async def _commit(self) -> None:
         assert self._upkeep is not None

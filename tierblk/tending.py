@@ -4,7 +4,7 @@ control socket, and for a directory that nobody serves (workshop.py)."""
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from tierblk.cache import Cache, LayerRecord, tend
@@ -73,25 +73,30 @@ async def collect(
     older_s: float,
     dry_run: bool,
     in_use: Collection[int] = (),
-    needed: Collection[tuple[str, int, str]] = (),
+    needed: Callable[[], Collection[tuple[str, int, str]]] = tuple,
 ) -> Document:
-    """Bases that nobody uses, see tend.unused, are gone when this returns; dry_run: only named. CacheError.
+    """Bases that nobody uses, see tend.unused, are gone when this returns; dry_run: only named. in_use and
+    needed are looked at again before each goes, since attaches go on meanwhile. CacheError.
 
     {"layers": [{"layer_id", "what", "validator", "used_unix_s", "cached_bytes"}], "cached_bytes"}."""
-    found = tend.unused(cache.records, in_use, needed, time.time() - older_s)
-    layers = [
-        {
-            "layer_id": record.layer_id,
-            "what": record.shown,
-            "validator": record.validator,
-            "used_unix_s": record.used_unix_s,
-            "cached_bytes": cache.layer(record.layer_id).cached_pages() * PAGE_BYTES,
-        }
-        for record in found
-    ]
-    if not dry_run:
-        for record in found:
-            await cache.drop_base(record.layer_id)
+    before_unix_s = time.time() - older_s
+
+    def unused() -> list[LayerRecord]:
+        return tend.unused(cache.records, in_use, needed(), before_unix_s)
+
+    layers = []
+    for record in unused():
+        cached_bytes = cache.layer(record.layer_id).cached_pages() * PAGE_BYTES
+        if dry_run or await cache.drop_base(record.layer_id, lambda known: known in unused()):
+            layers.append(
+                {
+                    "layer_id": record.layer_id,
+                    "what": record.shown,
+                    "validator": record.validator,
+                    "used_unix_s": record.used_unix_s,
+                    "cached_bytes": cached_bytes,
+                }
+            )
     return {"layers": layers, "cached_bytes": sum(int(str(layer["cached_bytes"])) for layer in layers)}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ import pytest
 from tests.cache_rig import CacheRig, changed_index, check_files, image_bytes, run_directory, session
 from tests.property.host import Host
 from tests.property.volume_daemon import VolumeDaemon
+from tierblk import config as configs
 from tierblk import tending
+from tierblk.bases import Bases
 from tierblk.cache import look
+from tierblk.care import Care
 from tierblk.cli.entry import main
 from tierblk.core import BLOCK_BYTES, LocalDoor
-from tierblk.errors import CacheError, DeviceError
+from tierblk.errors import CacheError, DeviceError, TooMuch
 from tierblk.extent import Extent
 from tierblk.units import MIB
 
 IMAGE = image_bytes(7, 100)
+LIMIT_S = 20.0
 
 
 @pytest.fixture
@@ -184,8 +189,6 @@ async def test_an_image_that_nobody_uses_is_collected(
 
 
 def _used(record: Any, unix_s: float) -> Any:
-    from dataclasses import replace
-
     return replace(record, used_unix_s=int(unix_s))
 
 
@@ -243,3 +246,89 @@ async def test_ranges_are_clamped(tmp_path: Path, run_dir: Path) -> None:
         assert pinned["pins"] == []
         with pytest.raises(DeviceError, match="has no layer 99"):
             await tending.evict(rig.cache, 99, [])
+
+
+async def test_an_image_that_is_opened_while_others_go_stays(tmp_path: Path, run_dir: Path) -> None:
+    async with session(tmp_path / "cache", run_dir) as rig:
+        first, second = [await rig.base(IMAGE, name) for name in ("first", "second")]
+        await rig.fill(first, 0)
+        await rig.fill(second, 0)
+        await rig.end_doors()
+        in_use = list[int]()
+        commit = rig.cache.commit
+
+        async def commits() -> Any:
+            in_use.append(second.layer_id)  # an attach was faster
+            return await commit()
+
+        rig.cache.commit = commits  # type: ignore[method-assign]
+        found = await tending.collect(rig.cache, older_s=-10, dry_run=False, in_use=in_use)
+        assert [layer["layer_id"] for layer in found["layers"]] == [first.layer_id]
+        assert [record.layer_id for record in rig.cache.records] == [second.layer_id]
+        assert second.cached_pages() == 16
+
+
+async def test_an_image_is_not_collected_between_its_layer_and_its_use(tmp_path: Path, run_dir: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(IMAGE)
+    document = {
+        "device": {"name": "dev"},
+        "base": {"url": f"file://{tmp_path}/base.raw"},
+        "cache": {"dir": str(tmp_path / "cache"), "size": 16 * MIB},
+    }
+    config = configs.parse(document, tmp_path / "dev.toml")
+    async with session(tmp_path / "cache", run_dir) as rig:
+
+        async def nothing(layer_id: int) -> None:
+            """There are no fetches."""
+
+        bases = Bases(rig.cache, nothing)
+        care = Care(rig.cache, bases.by_layer, lambda: bases.opening)
+        await bases.release(await bases.open(config, "before"), "before")
+        async with rig.cache._opening:
+            opening = asyncio.create_task(bases.open(config, "dev"))
+            async with asyncio.timeout(LIMIT_S):
+                while not bases.opening:
+                    await asyncio.sleep(0)
+            while not rig.cache._opening._waiters:  # type: ignore[attr-defined]
+                await asyncio.sleep(0)
+            collecting = asyncio.create_task(care.collect(older_s=-10, dry_run=False))
+            for _ in range(5):
+                await asyncio.sleep(0)
+        base = await opening
+        await collecting
+        assert [record.layer_id for record in rig.cache.records] == [base.layer.layer_id]
+        await bases.release(base, "dev")
+
+
+async def test_a_pin_of_a_layer_that_is_being_dropped_is_refused(tmp_path: Path, run_dir: Path) -> None:
+    async with session(tmp_path / "cache", run_dir) as rig:
+        layer = await rig.base(IMAGE)
+        async with rig.cache._opening:
+            dropping = asyncio.create_task(rig.cache.drop_base(layer.layer_id, lambda record: True))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            pinning = asyncio.create_task(
+                tending.pin(rig.cache, layer.layer_id, [Extent(0, 1)], pinned=True)
+            )
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert await dropping
+        with pytest.raises(CacheError, match="no layer"):
+            await pinning
+
+
+async def test_of_too_many_pins_some_can_be_taken_back(tmp_path: Path, run_dir: Path) -> None:
+    """Of a directory that was made smaller."""
+    cache = tmp_path / "cache"
+    async with session(cache, run_dir) as rig:
+        layer = await rig.base(IMAGE)
+        await rig.cache.pin(layer.layer_id, 0, 50, pinned=True)
+    with changed_index(cache) as index:
+        (record,) = index.layers()
+        most = (16 * MIB // BLOCK_BYTES) // 2
+        index.put_layer(replace(record, pins=((0, most + 50),)))
+    async with session(cache, run_dir) as rig:
+        await rig.cache.pin(record.layer_id, 0, 10, pinned=False)
+        assert rig.cache.records[0].pins[0][0] == 10
+        with pytest.raises(TooMuch):
+            await rig.cache.pin(record.layer_id, 0, 1, pinned=True)
