@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.core_far_rig import FarRig
 from tests.engine_rig import TIMEOUT_S
 from tests.pipe_rig import wait_for
-from tierblk.core import BLOCK_BYTES, PAGE_BYTES, Engine, LocalDoor, map_bytes
+from tierblk.core import BLOCK_BYTES, EVICTED, PAGE_BYTES, Engine, LocalDoor, map_bytes
 
 SIZE_BYTES = 8 * BLOCK_BYTES
 OLD, NEW = b"o" * PAGE_BYTES, b"n" * PAGE_BYTES
@@ -85,3 +86,26 @@ def test_a_move_waits_for_reads_under_way_and_reads_wait_for_it(rig: FifoRig) ->
     assert rig.door.stats()["moved"] == 1
     assert rig.door.stats()["waiting"] == 0
     rig.volume.end_epoch()
+
+
+def test_a_block_that_is_being_moved_is_not_evicted(tmp_path: Path) -> None:
+    """The move outlasts its epoch, behind which the block is clean (R2)."""
+    far = FarRig(tmp_path, fifo=True)
+    try:
+        write = far.write(0, OLD)
+        assert far.land(write) == [OLD]
+        far.volume.seal()
+        blocks = far.collect()
+        late = far.write(1, NEW)
+        far.looked_up()  # the move reads, from a slot that gives nothing
+        far.volume.clean(blocks)
+        far.volume.end_epoch()
+        far.evict(1)
+        assert [event.value for event in far.told if event.kind == EVICTED] == [0]
+        far.give()
+        far.land(late)
+        assert far.masks(0) == (0b11, 0b11, 0, 0b10)
+        far.consistent()
+        far.counted()
+    finally:
+        far.close()

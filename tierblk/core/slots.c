@@ -6,6 +6,7 @@
 
 #define FREE_OWNER 0
 #define CONDEMNED UINT64_MAX
+#define KEPT (TB_ENTRY_SEALED | TB_ENTRY_MOVING | TB_ENTRY_PINNED) /* a move may outlast the epoch that it was made for */
 
 void *tb_lazily_zeroed(size_t bytes)
 {
@@ -312,7 +313,7 @@ static bool evict_slot(tb_engine *e, uint32_t slot, bool probation_only)
     tb_head head = entry->head;
     /* R2: only with nothing in flight; I3: never with a dirty page. The owner is looked up without the lock, so the
      * entry must still say the same. */
-    if (head.slot == slot && !head.dirty && !(head.flags & (TB_ENTRY_SEALED | TB_ENTRY_PINNED)) && !entry->readers && !entry->writers && !entry->fill) {
+    if (head.slot == slot && !head.dirty && !(head.flags & KEPT) && !entry->readers && !entry->writers && !entry->fill) {
         if (head.flags & TB_ENTRY_REFERENCED) {
             head.flags &= (uint16_t)~TB_ENTRY_REFERENCED;
             tb_entry_store(entry, head);
