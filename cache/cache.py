@@ -283,7 +283,8 @@ class Cache:
         await _to_the_end(self._drop_volume(name))
 
     async def drop_base(self, layer_id: int, may_go: Callable[[LayerRecord], bool]) -> bool:
-        """As drop_volume, of a base. may_go: asked when nothing can be opened any more; whether it is gone."""
+        """As drop_volume, of a base. may_go: asked when nothing can be opened any more. Whether it is
+        gone."""
 
         def find() -> LayerRecord | None:
             record = self._records.get(layer_id)

@@ -287,10 +287,8 @@ async def test_an_image_is_not_collected_between_its_layer_and_its_use(tmp_path:
         async with rig.cache._opening:
             opening = asyncio.create_task(bases.open(config, "dev"))
             async with asyncio.timeout(LIMIT_S):
-                while not bases.opening:
+                while not (bases.opening and rig.cache._opening._waiters):  # noqa: ASYNC110
                     await asyncio.sleep(0)
-            while not rig.cache._opening._waiters:  # type: ignore[attr-defined]
-                await asyncio.sleep(0)
             collecting = asyncio.create_task(care.collect(older_s=-10, dry_run=False))
             for _ in range(5):
                 await asyncio.sleep(0)
@@ -307,9 +305,7 @@ async def test_a_pin_of_a_layer_that_is_being_dropped_is_refused(tmp_path: Path,
             dropping = asyncio.create_task(rig.cache.drop_base(layer.layer_id, lambda record: True))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            pinning = asyncio.create_task(
-                tending.pin(rig.cache, layer.layer_id, [Extent(0, 1)], pinned=True)
-            )
+            pinning = asyncio.create_task(tending.pin(rig.cache, layer.layer_id, [Extent(0, 1)], pinned=True))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         assert await dropping

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
             {"older_s": args.older_s, "dry_run": args.dry_run},
             timeout_s=tended.CHANGE_TIMEOUT_S,
         ),
-        lambda cache: tending.collect(cache, older_s=args.older_s, dry_run=args.dry_run, needed=lambda: needed),
+        lambda cache: tending.collect(
+            cache, older_s=args.older_s, dry_run=args.dry_run, needed=lambda: needed
+        ),
     )
     if args.json:
         put_json(found)
