@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tierblk.cache import LayerRecord, View
+from tierblk.cache import LayerRecord, State, View
 from tierblk.config import Config
 from tierblk.errors import CacheError, TierblkError
 from tierblk.extent import BLOCK_BYTES
@@ -117,6 +117,7 @@ async def open_device(
     volume = _volume(view, config)
     if volume is not None and volume.base is not None:
         pin = Identity(*volume.base)
+    before = view.volume_state(volume) if volume is not None else None
     standing = standing_of(view, volume) if volume is not None and volume.is_stored else None
     origins: list[Origin] = []
     base = _base_part(view, config, pin, origins, on_trouble)
@@ -135,7 +136,6 @@ async def open_device(
             if base is not None:
                 base = Part(base.layer, base.origin, min(base.size_bytes, extents.head.base_visible_bytes))
         part = Part(view.layer(volume), origin, size_bytes)
-        before = view.volume_state(volume)
         yield DeviceReader(view, part, base, size_bytes, offline=wanted.offline, holes=wanted.holes)
         if not wanted.offline and view.volume_state(volume) != before:  # where pages are is known as of then
             raise CacheError(f"{volume.name} was attached meanwhile", "do it again")
@@ -154,6 +154,12 @@ def _volume(view: View, config: Config) -> LayerRecord | None:
         raise CacheError(
             f"the cache in {view.path} has no volume {name}",
             "nothing of it was written here; a volume in object storage can be attached anywhere",
+        )
+    if view.state is State.STRANGE:
+        raise CacheError(
+            f"the index of {view.path} is not of the same time as its slots: what was written to {name} "
+            "cannot be found with it",
+            "put the whole directory back as it was at one time",
         )
     if found.damaged:
         raise CacheError(f"part of what was written to {name} is lost: {found.damaged}")
@@ -186,7 +192,7 @@ def _base_part(
 async def copy(reader: Reader, sink: Sink, progress: Callable[[int], None]) -> int:
     """All of a device into a sink, in order; how many bytes were no zeros. progress: told how many bytes of
     the device were done since the last time. OSError is the sink's; TierblkError the reader's."""
-    written, windows = 0, reader.windows()
+    written, done_bytes, windows = 0, 0, reader.windows()
     # Not closed by hand: the traceback of an error may still hold a part of one.
     free = [mmap.mmap(-1, WINDOW_BYTES) for _ in range(AHEAD)]
     running: deque[tuple[asyncio.Task[None], int, int, mmap.mmap]] = deque()
@@ -205,9 +211,11 @@ async def copy(reader: Reader, sink: Sink, progress: Callable[[int], None]) -> i
             written += await _shielded(_put_window, sink, offset_bytes, length_bytes, buffer)
             running.popleft()
             free.append(buffer)
-            progress(length_bytes)
+            progress(offset_bytes + length_bytes - done_bytes)
+            done_bytes = offset_bytes + length_bytes
             begin()
         await _shielded(sink.finish)
+        progress(reader.size_bytes - done_bytes)
     finally:
         for task, *_ in running:
             task.cancel()

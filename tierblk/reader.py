@@ -49,6 +49,21 @@ class Part:
     size_bytes: int
 
 
+def windows(size_bytes: int, volume: LayerView | None, base_bytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of the windows of a device, ascending, without those behind its base of which its
+    volume knows nothing: a large volume is mostly such. volume: None: of a device without one. CacheError."""
+    at, known_block = 0, 0
+    while at < size_bytes:
+        block = at // BLOCK_BYTES
+        if volume is not None and at >= base_bytes and block >= known_block:
+            if (piece := next(volume.pieces(block), None)) is None:
+                return
+            known_block = max(piece.first_block + piece.blocks, block + 1)
+            at = max(piece.first_block, block) * BLOCK_BYTES // WINDOW_BYTES * WINDOW_BYTES
+        yield at, min(WINDOW_BYTES, size_bytes - at)
+        at += WINDOW_BYTES
+
+
 class _Wants:
     """Pages of a window that are to come from each origin, or from nowhere."""
 
@@ -82,9 +97,9 @@ class DeviceReader:
         self._holes = holes
 
     def windows(self) -> Iterator[tuple[int, int]]:
-        """(offset, length) in bytes of the pieces that `read` takes, ascending; all of the device."""
-        for offset_bytes in range(0, self.size_bytes, WINDOW_BYTES):
-            yield offset_bytes, min(WINDOW_BYTES, self.size_bytes - offset_bytes)
+        """(offset, length) in bytes of the pieces that `read` takes, ascending; between them are zeros."""
+        base_bytes = self._base.size_bytes if self._base else 0
+        return windows(self.size_bytes, self._volume.layer if self._volume else None, base_bytes)
 
     async def read(self, offset_bytes: int, length_bytes: int, buffer: mmap.mmap) -> None:
         """A window into page-aligned memory of at least that length. CacheError: it cannot be had, or changes

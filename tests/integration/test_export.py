@@ -24,6 +24,7 @@ from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
 from tierblk.errors import CacheError, RemoteUnavailable
 from tierblk.far import FarVolume
+from tierblk.reader import DeviceReader
 from tierblk.units import MIB
 
 SIZE_BYTES = 8 * MIB
@@ -108,6 +109,12 @@ async def test_a_volume_over_an_image_raw_and_qcow2(
     assert "is there already" in capfd.readouterr().err
     assert await export(config, raw, "--replace") == 0
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out.qcow2", "out.raw"]
+
+
+def piece_of(path: Path, offset_bytes: int, length_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset_bytes)
+        return file.read(length_bytes)
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -251,6 +258,61 @@ async def test_a_device_without_a_volume(tmp_path: Path, run_dir: Path) -> None:
     )
     assert await export(plain, tmp_path / "out.raw") == 0
     assert (tmp_path / "out.raw").read_bytes() == image
+
+
+async def test_what_an_index_of_another_time_says_of_a_volume_is_no_image(
+    tmp_path: Path, run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = local(tmp_path, random.Random(7).randbytes(IMAGE_BYTES))
+    index, kept = tmp_path / "cache" / "index", tmp_path / "index"
+    for data in (b"1", b"2"):
+        host = await Host.start(config, run_dir)
+        await host.attach()
+        await host.write(0, data * PAGE_BYTES)
+        await host.stop()
+        if not kept.exists():
+            shutil.copytree(index, kept)
+    shutil.rmtree(index)
+    shutil.copytree(kept, index)
+    for words in ([], ["--holes"], ["--offline", "--holes"]):
+        assert await export(config, tmp_path / "out.raw", *words) == CacheError.exit_code
+        assert "not of the same time" in capfd.readouterr().err
+    assert not (tmp_path / "out.raw").exists()
+
+
+async def test_of_a_large_sparse_volume_only_what_it_has_is_read(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size_bytes = 1 << 40
+    image = random.Random(8).randbytes(IMAGE_BYTES)
+    (tmp_path / "base.raw").write_bytes(image)
+    document = local(tmp_path, image).to_document()
+    document["volume"]["size"] = size_bytes
+    config = configs.parse(document, tmp_path / "loc.toml")
+    written_to = {at: bytes([n + 1]) * 3 * PAGE_BYTES for n, at in enumerate(
+        [IMAGE_BYTES // PAGE_BYTES * PAGE_BYTES, 8 * MIB - PAGE_BYTES, 100 << 30, size_bytes - 3 * PAGE_BYTES]
+    )}  # fmt: skip
+    host = await Host.start(config, run_dir)
+    await host.attach()
+    for at, data in written_to.items():
+        await host.write(at, data)
+    await host.stop()
+    read, windows = DeviceReader.read, list[int]()
+
+    async def counting(reader: DeviceReader, offset_bytes: int, *others: Any) -> None:
+        windows.append(offset_bytes)
+        await read(reader, offset_bytes, *others)
+
+    monkeypatch.setattr(DeviceReader, "read", counting)
+    assert await export(config, tmp_path / "out.raw") == 0
+    assert windows == [0, 8 * MIB, 100 << 30, size_bytes - 8 * MIB]
+    assert (tmp_path / "out.raw").stat().st_size == size_bytes
+    model = bytearray(image.ljust(16 * MIB, b"\0"))
+    for at, data in written_to.items():
+        assert piece_of(tmp_path / "out.raw", at, len(data)) == data
+        if at < len(model):
+            model[at : at + len(data)] = data
+    assert piece_of(tmp_path / "out.raw", 0, len(model)) == model
 
 
 @pytest.mark.parametrize("words", [["/nowhere/there.toml"], ["no-such-device"]])

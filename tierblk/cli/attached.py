@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from tierblk.cli.client import Daemon, DeadSocket, device_path
 from tierblk.errors import DaemonError, RemoteUnavailable, TierblkError
-from tierblk.reader import WINDOW_BYTES, Tally
+from tierblk.reader import Tally
 
 ANSWER_TIMEOUT_S = 600.0
 """A window of many misses, with all their retries."""
@@ -28,19 +28,21 @@ class AttachedReader:
         size_bytes: int,
         patience_s: float,
         on_trouble: Callable[[TierblkError], None],
+        parts: Callable[[], Iterator[tuple[int, int]]],
     ) -> None:
-        """patience_s: how long a remote that does not answer is borne."""
+        """patience_s: how long a remote that does not answer is borne. parts: its windows, see
+        reader.windows."""
         self.size_bytes = size_bytes
         self.tally = Tally()
         self._daemon = daemon
         self._name = name
         self._patience_s = patience_s
         self._on_trouble = on_trouble
+        self._parts = parts
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """See DeviceReader.windows."""
-        for offset_bytes in range(0, self.size_bytes, WINDOW_BYTES):
-            yield offset_bytes, min(WINDOW_BYTES, self.size_bytes - offset_bytes)
+        return self._parts()
 
     async def read(self, offset_bytes: int, length_bytes: int, buffer: mmap.mmap) -> None:
         """See DeviceReader.read."""

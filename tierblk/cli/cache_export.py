@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tierblk.cli import orphans
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.output import plain, put_json, say, warn
-from tierblk.errors import DeviceError, TierblkError
+from tierblk.errors import DaemonError, DeviceError, TierblkError
 from tierblk.units import format_size
 
 if TYPE_CHECKING:
@@ -142,11 +142,47 @@ async def _open(
     name = found.config.device.name
     if found.daemon is not None and found.size_bytes is not None and not wanted.offline:
         patience_s = found.config.device.on_outage
-        yield AttachedReader(found.daemon, name, found.size_bytes, patience_s, trouble)
+        before = _device(found.daemon, name)
+        with _parts(found.config, found.size_bytes) as parts:
+            yield AttachedReader(found.daemon, name, found.size_bytes, patience_s, trouble, parts)
+        if _device(found.daemon, name) != before:
+            raise DeviceError(f"{name} was attached anew meanwhile, or shows another version", "do it again")
         return
     with look(found.config.cache.dir, run_root()) as view:
         async with open_device(view, found.config, found.pin, wanted, trouble) as reader:
             yield reader
+
+
+def _device(daemon: Daemon, name: str) -> tuple[object, ...]:
+    """Which one of that name there is."""
+    from tierblk.cli.client import DeadSocket
+
+    try:
+        device = next((each for each in daemon.devices() if each.get("name") == name), {})
+    except DeadSocket:
+        raise DaemonError(f"{daemon} ended while it was asked") from None
+    return tuple(device.get(key) for key in ("attached", "size_bytes", "validator"))
+
+
+@contextmanager
+def _parts(config: Config, size_bytes: int) -> Iterator[Callable[[], Iterator[tuple[int, int]]]]:
+    """What of a device is to be read. The daemon's block map says it, which is looked into beside it; without
+    one all of it is."""
+    from tierblk.cache import look
+    from tierblk.errors import CacheError
+    from tierblk.reader import windows
+    from tierblk.rundir import run_root
+
+    with ExitStack() as undo:
+        volume, base_bytes = None, 0
+        if config.volume is not None:
+            with suppress(CacheError):
+                view = undo.enter_context(look(config.cache.dir, run_root()))
+                name = config.device.name
+                records = (record for record in view.records if record.is_volume and record.name == name)
+                if (record := next(records, None)) is not None:
+                    volume, base_bytes = view.layer(record), record.base_size_bytes
+        yield lambda: windows(size_bytes, volume, base_bytes)
 
 
 @dataclass(frozen=True)
