@@ -149,14 +149,14 @@ class Daemon(Seen):
             await source.aclose()
 
     async def end_calls(self) -> None:
-        """Attaches that run end in an error; nothing new is begun."""
+        """Attaches and readings that run end in an error; nothing new is begun."""
         self._stopping.set()
         for device in self._devices.values():
             device.traces.end("stopping")
         for call in self._calls:
             if not call.cancelling():  # one that cleans up behind itself is let be
                 call.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        await asyncio.gather(*self._calls, self._readings.end_all(), return_exceptions=True)
 
     async def stop(self) -> None:
         """Everything down, in order. Devices wait for the next daemon if this stop hands over and they can;
@@ -383,6 +383,9 @@ class Daemon(Seen):
     async def content(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
         """See control.DaemonApi."""
         assert self._stacks is not None
+        if self._stopping.is_set():
+            raise DaemonError("the daemon is stopping", "try again when it has")
+        self._find(name)  # else there would be a lock for every name that somebody thinks of
         only_one = self._only_one(name)
         return await self._readings.read(
             name, only_one, lambda: self._find(name).stack, self._stacks, offset_bytes, length_bytes

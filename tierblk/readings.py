@@ -27,21 +27,38 @@ class Readings:
         offset_bytes: int,
         length_bytes: int,
     ) -> bytes:
-        """What the device shows there. only_one: held meanwhile, so that who detaches it waits. TierblkError.
-        Cancelled, it ends."""
-        reading = asyncio.current_task()
-        assert reading is not None
-        self._running[name].add(reading)
-        try:
+        """What the device shows there. only_one: held meanwhile, so that who detaches it waits. TierblkError,
+        also when it is taken away meanwhile. Cancelled, it ends."""
+
+        async def read() -> bytes:
             async with only_one:
                 stack = stack_of()
                 if not 0 <= offset_bytes <= offset_bytes + length_bytes <= stack.size_bytes:
                     raise DeviceError(f"{name} has {stack.size_bytes} bytes, which do not hold these")
                 return await stacks.content(stack, offset_bytes, length_bytes)
+
+        reading, caller = asyncio.create_task(read()), asyncio.current_task()
+        assert caller is not None
+        self._running[name].add(reading)
+        try:
+            return await reading
+        except asyncio.CancelledError:
+            if caller.cancelling():
+                raise
+            raise DeviceError(f"{name} was taken away while it was read") from None
         finally:
             self._running[name].discard(reading)
+            if not self._running[name]:
+                del self._running[name]
 
     def end(self, name: str) -> None:
         """Of a device that is taken away: they end in an error."""
         for reading in self._running.get(name, ()):
             reading.cancel()
+
+    async def end_all(self) -> None:
+        """Likewise, of all devices; no door of theirs is open when it returns."""
+        readings = [reading for each in self._running.values() for reading in each]
+        for reading in readings:
+            reading.cancel()
+        await asyncio.gather(*readings, return_exceptions=True)
