@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -18,13 +19,16 @@ from tests.cache_rig import changed_index, run_directory
 from tests.far_rig import Host, config_of
 from tests.integration.test_cache_verify import flip
 from tierblk import config as configs
+from tierblk import records
 from tierblk.claim import Wishes
+from tierblk.cli import orphans
 from tierblk.cli.entry import main
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
 from tierblk.errors import CacheError, RemoteUnavailable
 from tierblk.far import FarVolume
 from tierblk.reader import DeviceReader
+from tierblk.records import DeviceRecord
 from tierblk.units import MIB
 
 SIZE_BYTES = 8 * MIB
@@ -313,6 +317,29 @@ async def test_of_a_large_sparse_volume_only_what_it_has_is_read(
         if at < len(model):
             model[at : at + len(data)] = data
     assert piece_of(tmp_path / "out.raw", 0, len(model)) == model
+
+
+async def test_a_device_of_that_name_that_another_cache_has_is_another_one(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = random.Random(9).randbytes(IMAGE_BYTES)
+    config = local(tmp_path, image)
+    plain = configs.parse(
+        {key: value for key, value in config.to_document().items() if key != "volume"}, tmp_path / "b.toml"
+    )
+    host = await Host.start(config, run_dir)
+    await host.attach()
+    await host.stop()
+    (tmp_path / "other.raw").write_bytes(bytes(IMAGE_BYTES))
+    document = plain.to_document() | {"cache": {"dir": "/nowhere", "size": 16 * MIB}}
+    url = f"file://{tmp_path}/other.raw"
+    record = DeviceRecord(7, "loc", "/b.toml", document, url, IMAGE_BYTES, "", 1, 0, 1.0)
+    records.write(run_dir / "other", record)
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: str(path) == "/dev/ublkc7" or exists(path))
+    assert [each.name for _, each in orphans.waiting(1.0)] == ["loc"]
+    assert await export(plain, tmp_path / "out.raw") == 0
+    assert (tmp_path / "out.raw").read_bytes() == image
 
 
 @pytest.mark.parametrize("words", [["/nowhere/there.toml"], ["no-such-device"]])

@@ -206,31 +206,38 @@ def _find(args: argparse.Namespace) -> _Found:
         # For what is cached nobody has to answer.
         daemon = None if args.offline else find_daemon(loaded.cache.dir, args.timeout_s)
         devices = daemon.devices() if daemon is not None else []
-        size = next((device.get("size_bytes") for device in devices if device.get("name") == name), None)
-        return _Found(loaded, daemon, size, _pin(_record(daemon, name, args)))
+        size = next((_size(device) for device in devices if device.get("name") == name), None)
+        record = _record(daemon, name, str(loaded.cache.dir), args.timeout_s)
+        return _Found(loaded, daemon, size, _pin(record))
     try:
         daemon, device = find_device(args.target, args.cache_dir, args.timeout_s)
     except DeviceError as error:
-        record = _record(None, args.target, args)
+        record = _record(None, args.target, args.cache_dir, args.timeout_s)
         if record is None:
             raise DeviceError(error.message, f"{error.hint}; or name its config file") from None
         return _Found(configs.parse(record.config, Path(record.config_path)), pin=_pin(record))
-    record = _record(daemon, args.target, args)
+    record = _record(daemon, args.target, args.cache_dir, args.timeout_s)
     loaded = (
         configs.parse(record.config, Path(record.config_path))
         if record is not None
         else configs.load(str(device.get("config_path")))
     )
-    return _Found(loaded, daemon, int(device["size_bytes"]), _pin(record))
+    return _Found(loaded, daemon, _size(device), _pin(record))
 
 
-def _record(daemon: Daemon | None, name: str, args: argparse.Namespace) -> DeviceRecord | None:
-    """Of a device that is there, with a daemon or waiting for one."""
+def _size(device: dict[str, Any]) -> int | None:
+    """In bytes, of one that its daemon can read: not of one that it has not, or not yet, taken over."""
+    return None if device.get("state") in ("recovering", "failed") else int(device["size_bytes"])
+
+
+def _record(daemon: Daemon | None, name: str, cache_dir: str | None, timeout_s: float) -> DeviceRecord | None:
+    """Of a device that is there, with a daemon or waiting for one; others may have caches with one of that
+    name."""
     from tierblk import records
 
     if daemon is not None:
         return next((each for each in records.read_all(daemon.run_dir)[0] if each.name == name), None)
-    orphan = orphans.find(name, args.cache_dir, args.timeout_s)
+    orphan = orphans.find(name, cache_dir, timeout_s)
     return orphan[1] if orphan is not None else None
 
 
