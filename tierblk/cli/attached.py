@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 
 from tierblk.cli.client import Daemon, DeadSocket, device_path
 from tierblk.errors import DaemonError, RemoteUnavailable, TierblkError
@@ -50,7 +53,7 @@ class AttachedReader:
         since_s = time.monotonic()
         while True:
             try:
-                content = await asyncio.to_thread(self._daemon.read, path, ANSWER_TIMEOUT_S)
+                content = await _in_thread(partial(self._daemon.read, path, ANSWER_TIMEOUT_S))
                 break
             except DeadSocket:
                 raise DaemonError(f"{self._daemon} ended while it was asked") from None
@@ -62,3 +65,29 @@ class AttachedReader:
         if len(content) != length_bytes:
             raise DaemonError(f"{self._daemon} gave {len(content)} bytes instead of {length_bytes}")
         buffer[:length_bytes] = content
+
+
+async def _in_thread(ask: Callable[[], bytes]) -> bytes:
+    """In one that nobody waits for behind a Ctrl-C, as the end of a program waits for asyncio.to_thread's."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[bytes] = loop.create_future()
+
+    def settle(content: bytes | None, error: BaseException | None) -> None:
+        if answer.done():
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(content or b"")
+
+    def work() -> None:
+        content, failure = None, None
+        try:
+            content = ask()
+        except Exception as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, content, failure)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await answer
