@@ -12,7 +12,7 @@ import pytest
 
 from tests.core_far_rig import FarRig, page_of
 from tests.engine_rig import TIMEOUT_S, Rig
-from tierblk.core import BLOCK_BYTES, PAGE_BYTES
+from tierblk.core import BLOCK_BYTES, NEED_SPACE, PAGE_BYTES
 
 IMAGE = os.urandom(40 * BLOCK_BYTES)
 ALL = 0xFFFF
@@ -109,3 +109,18 @@ def test_a_pinned_block_outlives_every_eviction(rig: Rig) -> None:
     rig.commit()
     fill(rig, *range(8, 30))  # probation's count has not gone wrong
     assert rig.evict(33) == 22
+
+
+def test_what_is_no_longer_pinned_makes_eviction_worth_a_try(rig: Rig) -> None:
+    for block in range(32):
+        rig.layer.pin(block, True)
+    fill(rig, *range(32))
+    rig.commit()
+    rig.engine.set_low(8)
+    assert rig.evict(1) == 0
+    rig.told.clear()
+    fill(rig, 33)  # passes through, and nobody is asked for room: it would be in vain
+    assert rig.told == []
+    rig.layer.pin(3, False)
+    fill(rig, 34)
+    assert [event.kind for event in rig.told] == [NEED_SPACE]

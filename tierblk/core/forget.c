@@ -87,5 +87,7 @@ int tb_layer_pin(tb_layer *layer, uint64_t block, int pinned)
     uint16_t *flags = &layer->entries[block].head.flags;
     *flags = pinned ? *flags | TB_ENTRY_PINNED : *flags & (uint16_t)~TB_ENTRY_PINNED;
     tb_lock_give(stripe);
+    if (!pinned)
+        __atomic_store_n(&layer->engine->vain, 0, __ATOMIC_RELAXED); /* eviction is worth another try */
     return 0;
 }
