@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from tierblk.cache import LayerRecord, State, View
 from tierblk.config import Config
+from tierblk.durable import sync_directory
 from tierblk.errors import CacheError, TierblkError
 from tierblk.extent import BLOCK_BYTES
 from tierblk.origin import ImageOrigin, Origin, StoreOrigin, extents_of, standing_of
@@ -250,9 +251,7 @@ async def _shielded(function: Callable[..., object], *arguments: object) -> int:
 def new_file(path: Path, *, replace: bool) -> Iterator[int]:
     """A descriptor of a file beside `path` that takes its name at the end, durable then; if it does not come
     to that, it is gone. CacheError: there is something already. OSError."""
-    if os.path.lexists(path) and not (replace and path.is_file()):
-        what = "is no file" if not path.is_file() else "is there already"
-        raise CacheError(f"{path} {what}", "choose another name" + ("" if replace else ", or say --replace"))
+    _refuse_another(path, replace=replace)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -261,10 +260,18 @@ def new_file(path: Path, *, replace: bool) -> Iterator[int]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        _refuse_another(path, replace=replace)  # an export takes long
         part.replace(path)
+        sync_directory(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _refuse_another(path: Path, *, replace: bool) -> None:
+    if os.path.lexists(path) and not (replace and path.is_file()):
+        what = "is no file" if not path.is_file() else "is there already"
+        raise CacheError(f"{path} {what}", "choose another name" + ("" if replace else ", or say --replace"))
 
 
 def sink_of(image_format: Format, descriptor: int, size_bytes: int) -> Sink:

@@ -26,6 +26,7 @@ from tierblk.cli.entry import main
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
 from tierblk.errors import CacheError, RemoteUnavailable
+from tierblk.exporting import new_file
 from tierblk.far import FarVolume
 from tierblk.reader import DeviceReader
 from tierblk.records import DeviceRecord
@@ -262,6 +263,20 @@ async def test_a_device_without_a_volume(tmp_path: Path, run_dir: Path) -> None:
     )
     assert await export(plain, tmp_path / "out.raw") == 0
     assert (tmp_path / "out.raw").read_bytes() == image
+
+
+def test_a_file_that_comes_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out.raw"
+
+    def write() -> None:
+        with new_file(path, replace=False) as descriptor:
+            os.write(descriptor, b"ours")
+            path.write_bytes(b"theirs")
+
+    with pytest.raises(CacheError, match="is there already"):
+        write()
+    assert [each.name for each in tmp_path.iterdir()] == ["out.raw"]
+    assert path.read_bytes() == b"theirs"
 
 
 async def test_what_an_index_of_another_time_says_of_a_volume_is_no_image(
