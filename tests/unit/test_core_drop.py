@@ -124,3 +124,23 @@ def test_what_is_no_longer_pinned_makes_eviction_worth_a_try(rig: Rig) -> None:
     rig.layer.pin(3, False)
     fill(rig, 34)
     assert [event.kind for event in rig.told] == [NEED_SPACE]
+
+
+def test_copies_in_memory_go_with_what_is_dropped(rig: Rig) -> None:
+    """The slot had gone bad, and so has what was read from it."""
+    fill(rig, 0, 1)
+    slot = rig.entries()[0][0]
+    with rig.slots_path.open("r+b") as file:
+        file.seek(slot * BLOCK_BYTES)
+        file.write(b"rot" * 100)
+    before = rig.door.stats()["memory_requests"]
+    for _ in range(6):
+        read = rig.read(0, PAGE_BYTES)
+        rig.finish(read)
+        assert read.result().startswith(b"rot")
+    assert rig.door.stats()["memory_requests"] > before
+    assert rig.layer.drop(0) == 16
+    for _ in range(6):
+        read = rig.read(0, PAGE_BYTES)
+        rig.finish(read)
+        assert read.result() == rig.expect(0, PAGE_BYTES)

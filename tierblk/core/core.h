@@ -99,6 +99,7 @@ struct tb_layer {
     uint32_t generation; /* of the last seal */
     bool sealing;
     uint32_t doors;
+    uint32_t drops; /* of pages by hand, so far: copies in memory are older, see hot.c */
     uint32_t in_commit; /* the running commit has taken unflushed rows of it */
     int map_fd;
     uint16_t id;

@@ -65,6 +65,7 @@ int tb_layer_drop(tb_layer *layer, uint64_t block, uint16_t pages)
         dropped = tb_entry_drop_slot(layer, entry, &head);
         tb_entry_change(layer, entry, head);
         tb_map_mark(layer, block);
+        __atomic_fetch_add(&layer->drops, 1, __ATOMIC_RELEASE);
     }
     tb_lock_give(stripe);
     if (dropped)

@@ -1,8 +1,9 @@
 /* The memory tier: a queue's own copies of hot blocks, in locked memory above the SSD. A hit in it is one system call
  * instead of two and no read of the disk.
  *
- * All of it belongs to the queue's thread, so it needs no lock. And it needs no invalidation, as long as only bases have
- * copies here: the bytes of a base never change (I1), so what was right stays right, whatever becomes of the slot.
+ * All of it belongs to the queue's thread, so it needs no lock. Only bases have copies here: the bytes of a base never change (I1), so
+ * what was right stays right, whatever becomes of the slot. What was read from a slot that had gone bad is wrong: who drops pages by
+ * hand, as a repair does, makes all copies of before worth nothing.
  *
  * Frames are looked up by sets of eight. A block gets one when it is asked for more often than the least used of its set:
  * the candidates are counted as in Misra and Gries, "Finding repeated elements" (1982), so that a scan of blocks that are
@@ -34,6 +35,7 @@ struct tb_hot {
     uint8_t *held;         /* by set: how many of its frames have pins */
     size_t bytes;
     uint32_t sets;
+    uint32_t drops; /* of the layer's, when that was last looked at */
 };
 
 /* bytes: what it may take; below a set of frames there is none. Memory is taken as it is used. */
@@ -121,10 +123,22 @@ static uint8_t *bytes_of(const tb_req *req, const frame *of)
     return hot->memory + (size_t)(of - hot->frames) * TB_BLOCK_BYTES + req->offset;
 }
 
+/* Requests that bring their bytes at this moment have their blocks pinned, which are not dropped then. */
+static void forget_dropped(tb_hot *hot, const tb_layer *base)
+{
+    uint32_t drops = __atomic_load_n(&base->drops, __ATOMIC_ACQUIRE);
+    if (__builtin_expect(drops == hot->drops, 1))
+        return;
+    hot->drops = drops;
+    for (size_t i = 0; i < (size_t)hot->sets * WAYS; i++)
+        hot->frames[i].pages = 0;
+}
+
 /* Whether all of a request is in memory. If so its bytes are in its buffer; those of a direct one are where
  * tb_hot_bytes says, until tb_hot_let_go. */
 bool tb_hot_serve(tb_req *req)
 {
+    forget_dropped(req->queue->hot, req->queue->base);
     frame *found = find(req->queue->hot, req->block);
     if (!found || tb_pages_of(req->offset, req->length) & (uint16_t)~found->pages)
         return false;
