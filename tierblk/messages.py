@@ -338,10 +338,11 @@ class Pinned(Answer):
 
 
 class Dropped(Answer):
-    """How many pages went."""
+    """How many pages went. busy_blocks: were in use, so nothing of them went."""
 
     layer_id: LayerId
     dropped_pages: Count
+    busy_blocks: list[Count]
 
 
 class UnusedLayer(Answer):

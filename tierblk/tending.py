@@ -44,11 +44,15 @@ async def evict(cache: Cache, layer_id: int, ranges: Sequence[Extent]) -> Docume
 
 def drop(cache: Cache, layer_id: int, pages: Sequence[tuple[int, int]]) -> Document:
     """These pages, (block, mask) each, are not cached any more, as far as they are clean and not in use.
-    CacheError. {"layer_id", "dropped_pages"}."""
+    CacheError. {"layer_id", "dropped_pages", "busy_blocks": of which nothing went}."""
     _record(cache, layer_id)
     layer = cache.layer(layer_id)
-    found = (layer.drop(block, mask) for block, mask in pages if block < layer.blocks)
-    return {"layer_id": layer_id, "dropped_pages": sum(count or 0 for count in found)}
+    found = [(block, layer.drop(block, mask)) for block, mask in pages if block < layer.blocks]
+    return {
+        "layer_id": layer_id,
+        "dropped_pages": sum(count or 0 for _, count in found),
+        "busy_blocks": [block for block, count in found if count is None],
+    }
 
 
 async def pin(cache: Cache, layer_id: int, ranges: Sequence[Extent], *, pinned: bool) -> Document:

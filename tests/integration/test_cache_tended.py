@@ -328,3 +328,15 @@ async def test_of_too_many_pins_some_can_be_taken_back(tmp_path: Path, run_dir: 
         assert rig.cache.records[0].pins[0][0] == 10
         with pytest.raises(TooMuch):
             await rig.cache.pin(record.layer_id, 0, 1, pinned=True)
+
+
+async def test_pages_that_are_in_use_are_named(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with session(tmp_path / "cache", run_dir) as rig:
+        layer = await rig.base(IMAGE)
+        await rig.fill(layer, 0, 1)
+        drop = layer.drop
+        monkeypatch.setattr(layer, "drop", lambda block, mask: None if block == 1 else drop(block, mask))
+        found = tending.drop(rig.cache, layer.layer_id, [(0, 0b11), (1, 0b110), (2, 1), (1 << 40, 1)])
+        assert found == {"layer_id": layer.layer_id, "dropped_pages": 2, "busy_blocks": [1]}

@@ -53,7 +53,8 @@ class FakeCare:
 
     def drop(self, layer_id: int, pages: Sequence[tuple[int, int]]) -> dict[str, Any]:
         self._check(layer_id)
-        return {"layer_id": layer_id, "dropped_pages": sum(mask.bit_count() for _, mask in pages)}
+        dropped = sum(mask.bit_count() for _, mask in pages)
+        return {"layer_id": layer_id, "dropped_pages": dropped, "busy_blocks": []}
 
     async def collect(self, *, older_s: float, dry_run: bool) -> dict[str, Any]:
         return {"layers": [], "cached_bytes": 0}

@@ -63,6 +63,10 @@ def _by_daemon(
                 body = {"layer_id": record.layer_id, "pages": batch}
                 answer = daemon.request("POST", "/v1/cache/drop", body, timeout_s=CHANGE_TIMEOUT_S)
                 done.pages += int(answer["dropped_pages"])
+                busy = set(answer["busy_blocks"])
+                for block, mask in batch:
+                    if block in busy:
+                        done.leave((record.layer_id, block, mask), "some were in use: do it again")
             shown_by = next((d for d in devices if _shows(d, record)), None)
             for block, mask in pages:
                 if shown_by is not None:
