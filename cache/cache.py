@@ -168,7 +168,8 @@ class Cache:
         return next((r for r in self._records.values() if r.is_volume and r.name == name), None)
 
     def layer(self, layer_id: int) -> Layer:
-        """That of a record. KeyError: there is none."""
+        """That of a record. KeyError: there is none. CacheError: the cache is closed."""
+        self._refuse_closed()
         return self._layers[layer_id]
 
     def scratch_volumes(self) -> list[str]:
@@ -256,6 +257,7 @@ class Cache:
 
     async def _pin(self, layer_id: int, first_block: int, end_block: int, *, pinned: bool) -> None:
         async with self._opening:
+            self._refuse_closed()
             if (known := self._records.get(layer_id)) is None:
                 raise CacheError(f"{self.path} has no layer {layer_id} any more")
             record = tend.with_pins(known, first_block, end_block, pinned=pinned)
@@ -266,8 +268,9 @@ class Cache:
             await tend.apply_pins(self._layers[layer_id], first_block, end_block, pinned=pinned)
 
     async def evict(self, layer_id: int, first_block: int, end_block: int) -> Evicted:
-        """What can go of these blocks is gone, and its room free, when this returns. CacheError."""
-        gone = await tend.evict(self._layers[layer_id], first_block, end_block)
+        """What can go of these blocks is gone, and its room free, when this returns. CacheError, also if the
+        cache is closed meanwhile."""
+        gone = await tend.evict(lambda: self.layer(layer_id), first_block, end_block)
         await self.commit()
         return gone
 
@@ -297,6 +300,7 @@ class Cache:
 
     async def _drop(self, find: Callable[[], LayerRecord | None]) -> bool:
         async with self._opening:
+            self._refuse_closed()
             record = find()
             if record is None:
                 return False

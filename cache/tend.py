@@ -43,14 +43,17 @@ class Evicted:
         )
 
 
-async def evict(layer: Layer, first_block: int, end_block: int) -> Evicted:
+async def evict(layer_of: Callable[[], Layer], first_block: int, end_block: int) -> Evicted:
     """All of these blocks that can go is not cached any more; slots are free behind the next commit (I4).
-    Pinned ones go too, and are pinned when they come again."""
+    Pinned ones go too, and are pinned when they come again. layer_of: asked again whenever others have run,
+    who may have closed the cache."""
+    layer = layer_of()
     evicted = dirty = busy = 0
     first_row, end_row = first_block // ENTRIES_PER_ROW, -(-end_block // ENTRIES_PER_ROW)
     for row in range(first_row, min(end_row, layer.rows)):
         if row % _ROWS_AT_ONCE == 0:
             await asyncio.sleep(0)
+            layer = layer_of()
         if not (packed := layer.peek_row(row)):
             continue
         for block, entry in enumerate(entries_of(packed), row * ENTRIES_PER_ROW):

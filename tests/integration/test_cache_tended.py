@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -340,3 +340,26 @@ async def test_pages_that_are_in_use_are_named(
         monkeypatch.setattr(layer, "drop", lambda block, mask: None if block == 1 else drop(block, mask))
         found = tending.drop(rig.cache, layer.layer_id, [(0, 0b11), (1, 0b110), (2, 1), (1 << 40, 1)])
         assert found == {"layer_id": layer.layer_id, "dropped_pages": 2, "busy_blocks": [1]}
+
+
+async def test_what_runs_when_the_cache_is_closed_ends_in_an_error(tmp_path: Path, run_dir: Path) -> None:
+    """Nothing touches an engine that is gone."""
+    rig = await CacheRig.open(tmp_path / "cache", run_dir)
+    layer = await rig.cache.base_layer("http://images.example/large.raw", 1 << 40, "large")
+    calls: list[Coroutine[Any, Any, Any]] = [
+        rig.cache.evict(layer.layer_id, 0, layer.blocks),
+        tending.evict(rig.cache, layer.layer_id, [Extent(0, 1 << 40), Extent(0, 1 << 40)]),
+    ]
+    running = [asyncio.create_task(call) for call in calls]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in running)
+    await rig.end(clean=True)
+    running += [
+        asyncio.create_task(rig.cache.pin(layer.layer_id, 0, 1, pinned=True)),
+        asyncio.create_task(rig.cache.drop_base(layer.layer_id, lambda record: True)),
+        asyncio.create_task(tending.collect(rig.cache, older_s=-10, dry_run=False)),
+    ]
+    for task in running:
+        with pytest.raises(CacheError, match="is closed"):
+            await task
