@@ -181,13 +181,16 @@ class Stacks:
     @asynccontextmanager
     async def _reading(self, stack: Stack, queue_depth: int) -> AsyncIterator[LocalDoor]:
         """A door of our own to it, without patience."""
-        door = LocalDoor(
-            self._cache.engine,
-            stack.base.layer if stack.base else None,
-            volume=stack.volume.layer if stack.volume else None,
-            size_bytes=stack.size_bytes,
-            queue_depth=queue_depth,
-        )
+        try:
+            door = LocalDoor(
+                self._cache.engine,
+                stack.base.layer if stack.base else None,
+                volume=stack.volume.layer if stack.volume else None,
+                size_bytes=stack.size_bytes,
+                queue_depth=queue_depth,
+            )
+        except OSError as error:  # no memory, or too many are open
+            raise DeviceError(f"cannot read {stack.shown}: {error.strerror}") from None
         door.set_patience(0)
         try:
             yield door

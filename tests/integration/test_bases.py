@@ -4,10 +4,12 @@ and the kernel, whose wait nobody can end, finds all of it in the cache."""
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from errno import ENOMEM
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +20,7 @@ from tests.faults import FaultServer
 from tests.faults.readpath import DEVICE, ReadPath, open_path, settings
 from tierblk.bases import Bases
 from tierblk.cache import Cache
-from tierblk.errors import RemoteUnavailable
+from tierblk.errors import DeviceError, RemoteUnavailable
 from tierblk.layer import Stack
 from tierblk.partition import HEAD_BYTES
 from tierblk.stacks import Stacks
@@ -78,6 +80,21 @@ async def test_what_the_kernel_reads_next_is_cached(
         await server.gone()
         path.set_patience(0)
         assert await path.check_all([(0, HEAD_BYTES), *places]) == [None] * (1 + len(places))
+        await path.close()
+
+
+async def test_a_machine_that_has_no_room_for_a_door_is_an_error(
+    tmp_path: Path, disk: Callable[[str], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **keys: object) -> None:
+        raise OSError(ENOMEM, os.strerror(ENOMEM))
+
+    image = disk("label: gpt\nsize=8MiB\n")
+    async with FaultServer(image) as server:
+        path = await open_path(tmp_path, image, server.url(), remote=settings(readahead=False))
+        monkeypatch.setattr("tierblk.stacks.LocalDoor", full)
+        with pytest.raises(DeviceError, match="Cannot allocate memory"):
+            await warning_of(path)
         await path.close()
 
 
