@@ -21,6 +21,7 @@ from errno import EINVAL
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from tierblk.cache import lockers
 from tierblk.cache import superblock as superblocks
 from tierblk.cache.filesystem import (
     create_preallocated,
@@ -163,11 +164,27 @@ def _lock(slots_fd: int, path: Path, run_dir: Path, wait_s: float) -> None:
             pid = _holder(slots_fd, run_dir)
         alive = pid is not None and _is_alive(pid)
         if alive or time.monotonic() >= give_up_s:
-            raise CacheError(
-                f"the cache in {path} is in use by another daemon" + (f" (pid {pid})" if alive else ""),
-                "stop that daemon, or use another directory",
-            )
+            raise _in_use(slots_fd, path, pid if alive else None)
         time.sleep(_LOCK_RETRY_S)
+
+
+def _in_use(slots_fd: int, path: Path, daemon_pid: int | None) -> CacheError:
+    """Who has it: a daemon, or for as long as it takes a command that looks into a directory that nobody
+    serves (`cache verify`, say)."""
+    if daemon_pid is not None:
+        return CacheError(
+            f"the cache in {path} is in use by another daemon (pid {daemon_pid})",
+            "stop that daemon, or use another directory",
+        )
+    shown = lockers.shown(slots_fd)
+    if shown is None:
+        return CacheError(
+            f"the cache in {path} is in use by another process",
+            "a daemon, or a command such as `tierblk cache verify`: wait for its end, or end it",
+        )
+    return CacheError(
+        f"the cache in {path} is in use by another process ({shown})", "wait for its end, or end it"
+    )
 
 
 def _holder(slots_fd: int, run_dir: Path) -> int | None:

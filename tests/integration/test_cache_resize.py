@@ -409,7 +409,7 @@ async def test_what_cannot_be_served_is_not_resized_either(tmp_path: Path, run_d
 async def test_a_cache_that_runs_keeps_its_size(tmp_path: Path, run_dir: Path) -> None:
     directory = tmp_path / "cache"
     async with session(directory, run_dir):
-        with pytest.raises(CacheError, match="is in use by another daemon"):
+        with pytest.raises(CacheError, match="is in use by another process"):
             await CacheRig.open(directory, run_dir, LARGE)
         assert lengths(directory) == (256, 256, 256)
 
