@@ -164,6 +164,7 @@ class FakeDaemon:
             "queue_depth": config.device.queue_depth,
             "hot_memory_bytes": config.device.hot_memory,
             "hit_requests": 60,
+            "miss_requests": 10,
             "memory_requests": 15,
             "latencies": {
                 "hit": {"requests": 60, "p50_us": 81.25, "p99_us": 640.0, "p99.9_us": 900.0},
@@ -176,6 +177,8 @@ class FakeDaemon:
             wished = wishes.take_over or wishes.discard_local or wishes.clone_local
             self._devices[name] |= {
                 "volume": "write-back",
+                "requests": 130,
+                "write_requests": 60,
                 "write_back": {
                     "url": config.volume.url,
                     "epoch": 7,

@@ -259,7 +259,8 @@ class TestListAndStatus:
     def test_status_of_one(self, cli: Cli) -> None:
         cli("attach", cli.config("a"))
         text = cli("status", "a").out
-        assert "75.0 % of what is not zero" in text
+        assert " in 70 requests, hits 75.0 % of what is not zero\n" in text
+        assert max(map(len, text.splitlines())) <= 80
         assert "2 GiB at http://images.example/a.raw" in text
         assert "copy, 2 queues, each 64 requests deep" in text
         assert "half within 81.2 us, 99 % within 640 us" in text

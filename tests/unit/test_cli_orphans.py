@@ -140,3 +140,11 @@ def test_a_time_and_how_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.0)
     assert status.ago(970.0).endswith(", 30s ago")
     assert status.ago(1002.0).endswith(", 0s ago")
+    assert [status.age(1000.0 - s) for s in (119, 120, 7199, 7200, 172799, 172800)] == [
+        "119s ago",
+        "2m ago",
+        "119m ago",
+        "2h ago",
+        "47h ago",
+        "2d ago",
+    ]

@@ -54,6 +54,7 @@ def test_status_shows_what_would_be_lost_and_sync_uploads_it(cli: Cli, config: P
     assert cli("attach", config).code == 0
     shown = cli("status", "far").out
     assert f"file://{cli.folder}/store, epoch 7" in shown
+    assert " in 70 requests, hits" in shown  # the reads, of the 130 that there were
     assert "4 KiB are only here, since" in shown
     assert cli("sync", "far").code == 0
     done = cli("sync", "far", "--wait", "--json")

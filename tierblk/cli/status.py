@@ -15,7 +15,7 @@ from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.client import Daemon, ask_all, find_device
 from tierblk.cli.output import complain, put, put_json, say
 from tierblk.errors import TierblkError
-from tierblk.units import format_duration, format_size
+from tierblk.units import format_size
 
 NAME = "status"
 HELP = "show what devices do"
@@ -73,7 +73,7 @@ def _all(args: argparse.Namespace) -> int:
         _put_device(device)
         put("")
     if not daemons and not alone and not failed:
-        say("no daemon is running")
+        say("no daemon is running" if args.cache_dir is None else f"no daemon serves {args.cache_dir}")
     return failed.exit_code if failed else 0
 
 
@@ -95,6 +95,10 @@ def _latency(device: dict[str, Any], tier: str) -> str:
     return f", half within {_duration(found['p50_us'])}, 99 % within {_duration(found['p99_us'])}"
 
 
+def _share(hit_bytes: int, miss_bytes: int) -> str:
+    return f", hits {hit_ratio(hit_bytes, miss_bytes)}" if hit_bytes + miss_bytes else ""
+
+
 def _duration(us: float) -> str:
     for unit, divisor in (("s", 1e6), ("ms", 1e3)):
         if us >= divisor:
@@ -108,7 +112,8 @@ def _put_device(device: dict[str, Any]) -> None:
     _put_trouble(device, number)
     size = format_size(number.get("size_bytes", 0))
     if device.get("url"):
-        put(f"  image     {size} at {device['url']}")
+        # a volume may be larger than the image under it
+        put(f"  image     {'' if device.get('volume') else f'{size} at '}{device['url']}")
     if device.get("volume"):
         kept = format_size(number.get("volume_bytes", 0))
         put(f"  volume    {size}, {device['volume']}, {kept} of it in the cache directory")
@@ -122,8 +127,9 @@ def _put_device(device: dict[str, Any]) -> None:
     queues, depth = number.get("queues", 1), number.get("queue_depth", 0)
     shape = f"{depth} requests deep" if queues == 1 else f"{queues} queues, each {depth} requests deep"
     put(f"  plane     {device.get('plane')}, {shape}")
-    put(f"  read      {format_size(hit + miss + zero)} in {number.get('requests', 0)} requests")
-    put(f"  hits      {format_size(hit)} ({hit_ratio(hit, miss)}){_latency(device, 'hit')}")
+    reads = sum(number.get(f"{tier}_requests", 0) for tier in ("hit", "miss", "zero"))
+    put(f"  read      {format_size(hit + miss + zero)} in {reads} requests{_share(hit, miss)}")
+    put(f"  hits      {format_size(hit)}{_latency(device, 'hit')}")
     if hot := number.get("hot_memory_bytes", 0):
         hits, quick = number.get("hit_requests", 0), number.get("memory_requests", 0)
         share = f", {quick * 100 // hits} % of the requests among them" if hits else ""
@@ -170,7 +176,16 @@ def _put_trouble(device: dict[str, Any], number: dict[str, int]) -> None:
 def ago(unix_s: float) -> str:
     """A time, and how long ago that was."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
-    return f"{when}, {format_duration(max(0, round(time.time() - unix_s)))} ago"
+    return f"{when}, {age(unix_s)}"
+
+
+def age(unix_s: float) -> str:
+    """How long ago a time was, in its largest unit: "30s ago", "8m ago", "3d ago"."""
+    seconds = max(0, round(time.time() - unix_s))
+    for unit, letter in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * unit:
+            return f"{seconds // unit}{letter} ago"
+    return f"{seconds}s ago"
 
 
 def hit_ratio(hit_bytes: int, miss_bytes: int) -> str:

@@ -74,8 +74,9 @@ def wait(daemon: Daemon, device: dict[str, Any]) -> dict[str, Any]:
     asking.start()
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        total = int(device["write_back"].get("dirty_bytes") or 0)
+    total = int(device["write_back"].get("dirty_bytes") or 0)
+    hidden = not console.is_terminal or not total
+    with Progress(*columns, console=console, transient=True, disable=hidden) as shown:
         task = shown.add_task(f"uploading {name}", total=total)
         while not done:
             asking.join(_LOOK_S)
