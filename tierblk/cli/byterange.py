@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import re
 
+from tierblk.errors import DeviceError
 from tierblk.extent import BLOCK_BYTES, Extent
-from tierblk.units import parse_size
+from tierblk.units import format_size, parse_size
 
-RULE = "a range is OFFSET+LENGTH, OFFSET-END, block:N, block:FIRST-LAST or all: 1GiB+64KiB, 0-0x100000"
+FORMS = "OFFSET+LENGTH, OFFSET-END, block:N, block:FIRST-LAST or all"
+RULE = f"a range is {FORMS}: 1GiB+64KiB, 0-0x100000"
 _BLOCKS = re.compile(r"block:([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _HEX = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 _END_MAX = 1 << 63
@@ -25,12 +27,9 @@ def parse_range(text: str) -> Extent:
     if (match := _BLOCKS.fullmatch(text)) is not None:
         first, last = int(match[1]), int(match[2] or match[1])
         found = first * BLOCK_BYTES, (last + 1) * BLOCK_BYTES
-    elif "+" in text:
-        offset, _, length = text.partition("+")
-        found = _bytes(offset), _bytes(offset) + _bytes(length)
-    elif "-" in text:
-        offset, _, end = text.partition("-")
-        found = _bytes(offset), _bytes(end)
+    elif (parts := re.fullmatch(r"([^+-]+)([+-])(.+)", text)) is not None:
+        offset = _bytes(parts[1])
+        found = offset, _bytes(parts[3]) + (offset if parts[2] == "+" else 0)
     else:
         raise ValueError(f"{RULE}; this is {text!r:.60}")
     if not found[0] < found[1] < _END_MAX:
@@ -48,12 +47,21 @@ def add_range(parser: argparse.ArgumentParser, *, optional: bool = False) -> Non
         "range",
         metavar="RANGE",
         nargs="?" if optional else None,
-        type=_argument,
-        help="OFFSET+LENGTH, OFFSET-END, block:N, block:FIRST-LAST or all",
+        type=range_argument,
+        help=FORMS,
     )
 
 
-def _argument(text: str) -> Extent:
+def within(wanted: Extent, size_bytes: int, name: str) -> Extent:
+    """The part of a RANGE that there is. DeviceError when there is none of it."""
+    found = wanted.clamp(size_bytes)
+    if not found:
+        raise DeviceError(f"the range begins behind the end of {name}, which has {format_size(size_bytes)}")
+    return found
+
+
+def range_argument(text: str) -> Extent:
+    """A RANGE as argparse wants it."""
     try:
         return parse_range(text)
     except ValueError as error:

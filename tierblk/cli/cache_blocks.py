@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tierblk.cli.arguments import add_json
-from tierblk.cli.byterange import add_range
+from tierblk.cli.byterange import add_range, within
 from tierblk.cli.output import put, put_line, say
 from tierblk.cli.target import CachedDevice, add_target, looking
 from tierblk.errors import CacheError, DeviceError
@@ -98,14 +98,6 @@ def run(args: argparse.Namespace) -> int:
         layers = [view.layer(record) for record in records]
         bad = show([(layer, _lines(view, layer, wanted, with_sums=args.sums)) for layer in layers], wanted)
     return CacheError.exit_code if bad else 0
-
-
-def within(wanted: Extent, size_bytes: int, name: str) -> Extent:
-    """The part of a RANGE that there is. DeviceError when there is none of it."""
-    found = wanted.clamp(size_bytes)
-    if not found:
-        raise DeviceError(f"the range begins behind the end of {name}, which has {size_bytes} bytes")
-    return found
 
 
 def _lines(view: View, layer: LayerView, wanted: Extent, *, with_sums: bool) -> Iterator[Line]:

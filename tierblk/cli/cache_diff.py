@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tierblk.cli.arguments import add_json
-from tierblk.cli.byterange import add_range
+from tierblk.cli.byterange import add_range, within
+from tierblk.cli.cache_blocks import layers_wanted
 from tierblk.cli.cache_evict import add_layer
 from tierblk.cli.output import put, put_json, say
 from tierblk.cli.target import add_target, looking
@@ -47,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     is_config = args.target.endswith(".toml") or Path(args.target).is_file()
     config = load(args.target) if is_config else None
     with looking(args) as (view, device):
-        kept = {"volume": device.volume, "base": device.base}
-        records = [record for name, record in kept.items() if record and args.layer in (None, name)]
-        found = asyncio.run(_compare(view, records, config, args))
+        records = layers_wanted(device, args.layer)
+        where = within(args.range or Extent(0, device.size_bytes), device.size_bytes, device.name)
+        found = asyncio.run(_compare(view, records, config, where))
     if args.json:
         put_json({"layers": found})
     else:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _compare(
-    view: View, records: list[LayerRecord], config: Config | None, args: argparse.Namespace
+    view: View, records: list[LayerRecord], config: Config | None, where: Extent
 ) -> list[dict[str, Any]]:
     from tierblk.cache import State
     from tierblk.origin import origin_of
@@ -73,7 +74,7 @@ async def _compare(
         origin = await origin_of(view, record, config)
         assert origin is not None
         try:
-            found.append(await _layer(view, record, origin, args.range or Extent(0, record.size_bytes)))
+            found.append(await _layer(view, record, origin, where))
         finally:
             await origin.aclose()
     return found
@@ -126,6 +127,9 @@ def _show(layer: dict[str, Any]) -> None:
     if len(different) > SHOWN_MAX:
         put(f"... and {len(different) - SHOWN_MAX} more ranges")
     wrong = sum(each["length_bytes"] for each in different)
+    if not layer["compared_bytes"] and not layer["skipped_bytes"]:
+        put(f"{layer['what']}: nothing is compared: none of it is cached and clean")
+        return
     same = "all of it the same" if not wrong else f"{format_size(wrong)} differ"
     skipped = f"; {format_size(layer['skipped_bytes'])} changed meanwhile" if layer["skipped_bytes"] else ""
     put(f"{layer['what']}: {format_size(layer['compared_bytes'])} compared, {same}{skipped}")

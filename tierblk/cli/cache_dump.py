@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
-from tierblk.cli.byterange import add_range
-from tierblk.cli.cache_blocks import add_layer, layers_wanted, within
+from tierblk.cli.byterange import add_range, within
+from tierblk.cli.cache_blocks import add_layer, layers_wanted
 from tierblk.cli.output import put_line
 from tierblk.cli.target import add_target, looking
 from tierblk.errors import CacheError, DeviceError
@@ -71,7 +71,7 @@ def _refuse_missing(reader: Reader, wanted: Extent) -> None:
 def _refuse(found: list[Extent]) -> NoReturn:
     ranges = (f"{extent.offset:#x}+{format_exact_size(extent.length)}" for extent in found[:NAMED_MAX])
     named = ", ".join(ranges) + (" and more" if len(found) > NAMED_MAX else "")
-    raise CacheError(f"not cached: {named}", "read them from the device, and they will be")
+    raise CacheError(f"not cached: {named}", "`tierblk cache warm` fetches them while the device is attached")
 
 
 def _write_raw(parts: Iterable[bytes]) -> None:

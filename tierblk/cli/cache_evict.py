@@ -11,9 +11,11 @@ from typing import Any
 
 from tierblk.cli import tended
 from tierblk.cli.arguments import add_json
-from tierblk.cli.byterange import add_range
+from tierblk.cli.byterange import add_range, within
+from tierblk.cli.cache_blocks import layers_wanted
 from tierblk.cli.output import put, put_json
 from tierblk.cli.target import add_target, looking
+from tierblk.extent import Extent
 from tierblk.units import format_size
 
 NAME = "evict"
@@ -33,20 +35,21 @@ def add_layer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", choices=("volume", "base"), help="only this one of a device's layers")
 
 
-def layers_of(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
-    """(directory, daemon or None, layer ids) that the arguments mean."""
+def layers_of(args: argparse.Namespace) -> tuple[Any, Any, list[int], Extent]:
+    """(directory, daemon or None, layer ids, which part of the device) that the arguments mean. DeviceError:
+    there is no such part, or the device has no such layer."""
     with looking(args) as (view, device):
-        kept = {"volume": device.volume, "base": device.base}
-        records = [record for name, record in kept.items() if record and args.layer in (None, name)]
-        return view.path, tended.daemon_of(view, args.timeout_s), [record.layer_id for record in records]
+        ids = [record.layer_id for record in layers_wanted(device, args.layer)]
+        where = within(args.range, device.size_bytes, device.name)
+        return view.path, tended.daemon_of(view, args.timeout_s), ids, where
 
 
 def run(args: argparse.Namespace) -> int:
     """Says how much went."""
     from tierblk import tending
 
-    directory, daemon, layer_ids = layers_of(args)
-    wanted = [args.range]
+    directory, daemon, layer_ids, where = layers_of(args)
+    wanted = [where]
     found = [
         tended.change(
             daemon,

@@ -18,21 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierblk.cli.arguments import add_json
+from tierblk.cli.byterange import FORMS, range_argument, within
 from tierblk.cli.output import put_json, say
 from tierblk.cli.target import add_target, looking
 from tierblk.errors import DeviceError, TierblkError
-from tierblk.extent import Extent
-from tierblk.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tierblk.cli.heatmap import HeatMap
-    from tierblk.cli.target import CachedDevice
 
 NAME = "map"
 HELP = "show what is cached of a device, and its partitions"
-RANGE_RULE = 'a range is OFFSET+LENGTH, such as "1GiB+64MiB"'
 WIDTH_MIN = 40
 PICTURE_COLUMNS, PICTURE_ROWS = 128, 24
 
@@ -44,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", choices=("volume", "base"), help="of the device's two layers only this one"
     )
     parser.add_argument(
-        "--range", type=_range, metavar="OFFSET+LENGTH", help="only this part, in whole blocks of 64KiB"
+        "--range",
+        type=range_argument,
+        metavar="RANGE",
+        help=f"only this part, in whole blocks of 64KiB: {FORMS}",
     )
     parser.add_argument("--svg", metavar="FILE", type=Path, help="draw it into a file, for browsers")
     parser.add_argument("--png", metavar="FILE", type=Path, help="the same picture in pixels; needs Pillow")
@@ -52,19 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width", type=_width, metavar="COLUMNS", help="in place of the terminal's (80 in a pipe)"
     )
     add_json(parser)
-
-
-def _range(text: str) -> Extent:
-    match = re.fullmatch(r"([^+]+)\+([^+]+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{RANGE_RULE}; this is {text!r:.60}")
-    try:
-        extent = Extent(parse_size(match[1]), parse_size(match[2]))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not extent:
-        raise argparse.ArgumentTypeError("the range has no bytes")
-    return extent
 
 
 def _width(text: str) -> int:
@@ -89,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     with looking(args) as (view, device):
         if args.layer is not None and getattr(device, args.layer) is None:
             raise DeviceError(f"the cache has no {args.layer} of {device.name}")
-        extent = _within(device, args.range)
+        extent = args.range and within(args.range, device.size_bytes, device.name)
         drawn = heatmap.draw(view, device, columns, rows, extent, layer=args.layer)
     if args.svg or args.png:
         _put_pictures(args, drawn)
@@ -103,17 +90,6 @@ def run(args: argparse.Namespace) -> int:
 def _has_colours(console: Console) -> bool:
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
     return bool(console.is_terminal and console.color_system and not console.no_color and encoding == "utf8")
-
-
-def _within(device: CachedDevice, extent: Extent | None) -> Extent | None:
-    if extent is None:
-        return None
-    within = extent.clamp(device.size_bytes)
-    if not within:
-        raise DeviceError(
-            f"{device.name} has {format_size(device.size_bytes)}: the range begins behind its end"
-        )
-    return within
 
 
 def _put_pictures(args: argparse.Namespace, drawn: HeatMap) -> None:

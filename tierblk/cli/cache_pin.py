@@ -28,10 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remove", action="store_true", help="RANGE may be evicted again")
     add_layer(parser)
     add_json(parser)
+    parser.set_defaults(refuse=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """What is pinned then."""
+    if args.remove and args.range is None:
+        args.refuse("--remove needs a RANGE (`all` is the whole device)")
     found = _shown(args) if args.range is None else _changed(args)
     if args.json:
         put_json({"layers": found})
@@ -58,8 +61,8 @@ def _shown(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _changed(args: argparse.Namespace) -> list[dict[str, Any]]:
     from tierblk import tending
 
-    directory, daemon, layer_ids = layers_of(args)
-    body = {"ranges": [[args.range.offset, args.range.length]], "pinned": not args.remove}
+    directory, daemon, layer_ids, where = layers_of(args)
+    body = {"ranges": [[where.offset, where.length]], "pinned": not args.remove}
     return [
         tended.change(
             daemon,
@@ -68,7 +71,7 @@ def _changed(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "POST", "/v1/cache/pin", {"layer_id": i, **body}, timeout_s=tended.CHANGE_TIMEOUT_S
             ),
             lambda cache, i=layer_id: tending.pin(  # type: ignore[misc]
-                cache, i, [args.range], pinned=not args.remove
+                cache, i, [where], pinned=not args.remove
             ),
         )
         for layer_id in layer_ids

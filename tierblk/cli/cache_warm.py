@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierblk.cli import tended
 from tierblk.cli.arguments import add_json
-from tierblk.cli.byterange import add_range
+from tierblk.cli.byterange import add_range, within
 from tierblk.cli.client import Daemon, DeadSocket, device_path
 from tierblk.cli.filemap import extents_of_file
 from tierblk.cli.output import put, put_json
@@ -94,7 +94,8 @@ def _ranges(args: argparse.Namespace, shown: dict[str, Any], size_bytes: int) ->
         found = [extent for path in args.file for extent in extents_of_file(Path(node), path)]
         return [Extent(where.offset + extent.offset, extent.length) for extent in found]
     if args.range is not None:
-        return [Extent(where.offset + args.range.offset, args.range.length).overlap(where)]
+        part = within(args.range, where.length, node)
+        return [Extent(where.offset + part.offset, part.length)]
     return [where]
 
 

@@ -20,11 +20,12 @@ from typing import Any
 from urllib.parse import urlencode
 
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout, duration
+from tierblk.cli.byterange import FORMS, range_argument
 from tierblk.cli.client import Daemon, DeadSocket, device_path, find_device
 from tierblk.cli.output import put_table, say
 from tierblk.errors import DaemonError, TierblkError
 from tierblk.latency import LATENCY_BUCKETS, OPERATIONS, TIERS, Latencies, bucket_of
-from tierblk.units import format_size, parse_duration, parse_size
+from tierblk.units import format_size, parse_duration
 
 NAME = "trace"
 HELP = "show each request of a device"
@@ -54,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--range",
         dest="within",
-        type=_range,
-        metavar="OFFSET+LENGTH",
-        help='only those that touch these bytes, such as "1GiB+64KiB"',
+        type=range_argument,
+        metavar="RANGE",
+        help=f"only those that touch these bytes: {FORMS}",
     )
     parser.add_argument("--count", type=_count, metavar="N", help="end after so many")
     parser.add_argument("--duration", type=duration, metavar="DURATION", help="end after so long")
@@ -75,18 +76,6 @@ def _latency(text: str) -> float:
         return parse_duration(text) * 1e6
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _range(text: str) -> tuple[int, int]:
-    """(offset, length) in bytes."""
-    offset, plus, length = text.partition("+")
-    try:
-        found = parse_size(offset), parse_size(length) if plus else 0
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not found[1] or sum(found) >= 2**63:
-        raise argparse.ArgumentTypeError('a range is OFFSET+LENGTH, such as "1GiB+64KiB" or "0+4096"')
-    return found
 
 
 def _count(text: str) -> int:
@@ -128,7 +117,8 @@ def _documents(daemon: Daemon, args: argparse.Namespace) -> Iterator[list[dict[s
     if args.slower:
         query["min_latency_us"] = str(math.ceil(args.slower))
     if args.within:
-        query["offset_bytes"], query["length_bytes"] = map(str, args.within)
+        within = args.within.clamp((1 << 63) - 1)  # of "all"
+        query["offset_bytes"], query["length_bytes"] = str(within.offset), str(within.length)
     if args.count:
         query["limit"] = str(args.count)
     path = f"{device_path(args.name)}/trace?{urlencode(query)}"
