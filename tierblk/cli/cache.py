@@ -1,4 +1,8 @@
-"""Looks into a cache directory, while a daemon serves it or none does, or changes what is in it."""
+"""Looks into a cache, while a daemon serves it or none does, and changes what is in it.
+
+stat, ls, map, blocks, dump, verify (without --repair) and diff change nothing. warm fetches what is missing,
+and so does export of a device that is attached.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from tierblk.cli import (
     cache_verify,
     cache_warm,
 )
+from tierblk.cli.arguments import add_debug
 
 NAME = "cache"
 HELP = "look into a cache, and change what is in it"
@@ -48,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             verb.NAME, description=verb.__doc__, help=verb.HELP, formatter_class=parser.formatter_class
         )
         verb.add_arguments(sub)
+        add_debug(sub)
         sub.set_defaults(look=verb.run)
 
 

@@ -30,12 +30,13 @@ from tierblk.cli import (
     trace,
 )
 from tierblk.cli import list as list_
+from tierblk.cli.arguments import DEBUG_HELP, VerbParser, add_debug
 from tierblk.cli.output import complain, put_json
 from tierblk.errors import TierblkError
 
 EPILOG = """\
 exit codes:
-  0 done, 1 unexpected, 2 wrong usage, 3 wrong config, 4 remote unavailable, 5 remote refused,
+  0 done, 1 anything else, 2 wrong usage, 3 wrong config, 4 remote unavailable, 5 remote refused,
   6 cache directory, 7 device or kernel, 8 daemon, 130 interrupted
 """
 
@@ -63,7 +64,10 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     """Colours for help texts; imported when one is shown, which is seldom."""
     from rich_argparse import RawDescriptionRichHelpFormatter
 
-    return RawDescriptionRichHelpFormatter(prog)
+    class Formatter(RawDescriptionRichHelpFormatter):
+        text_markup = help_markup = False  # what is in brackets is shown, and no name of a style
+
+    return Formatter(prog)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,10 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=_formatter,
     )
     parser.add_argument("--version", action="version", version=f"tierblk {tierblk.__version__}")
-    debug = "show where an error came from"
-    parser.add_argument("--debug", action="store_true", help=debug)
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     # with prog given, argparse need not make a formatter to find it out
-    verbs = parser.add_subparsers(prog="tierblk", title="commands", metavar="COMMAND", required=True)
+    verbs = parser.add_subparsers(
+        prog="tierblk", title="commands", metavar="COMMAND", required=True, parser_class=VerbParser
+    )
     for verb in (*VERBS, serve):
         # serve is what attach starts; without a help text it is not listed
         listed = {} if verb is serve else {"help": verb.HELP}
@@ -89,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
             **listed,
         )
         verb.add_arguments(sub)
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
+        add_debug(sub)
         sub.set_defaults(run=verb.run)
     return parser
 
