@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tierblk.cli import beside
 from tierblk.cli.arguments import add_json
 from tierblk.cli.output import put, put_json, put_table, say
-from tierblk.cli.status import ago
+from tierblk.cli.status import age
 from tierblk.cli.target import add_target, resolve
 from tierblk.extent import PAGE_BYTES
 from tierblk.rundir import run_root
@@ -134,7 +134,7 @@ def _show(layers: list[dict[str, Any]], said: beside.Beside) -> None:
             format_size(each["size_bytes"]),
             format_size(each["cached_bytes"]),
             format_size(each["dirty_bytes"]),
-            ago(each["used"]) if each["used"] else "never",
+            age(each["used"]) if each["used"] else "never",
             _users(each),
             each["name"] or each["url"],
         )

@@ -57,7 +57,7 @@ def _size(text: str) -> int:
     try:
         return CacheSettings.model_validate({"dir": "/", "size": text}).size
     except ValidationError as error:
-        raise ConfigError(f"SIZE {error.errors()[0]['ctx']['error']}") from None
+        raise ConfigError(f"SIZE: {error.errors()[0]['ctx']['error']}") from None
 
 
 async def _resize(directory: Path, size_bytes: int) -> tuple[int, int]:

@@ -153,17 +153,17 @@ def _show(directory: Path, found: Found) -> None:
     rows = [
         (
             layer.record.kind,
-            layer.record.shown,
             format_size(layer.record.size_bytes),
             format_size(layer.cached_bytes),
             format_size(layer.dirty_bytes),
             f"{layer.unchecked_blocks} blocks" if layer.unchecked_blocks else "-",
             f"{_bad_pages(layer)} pages" if layer.bad else "-",
+            layer.record.shown,
         )
         for layer in found.layers
     ]
     if rows:
-        put_table(("KIND", "WHAT", "SIZE", "HERE", "NOWHERE ELSE", "NO CHECKSUM", "BAD"), rows)
+        put_table(("KIND", "SIZE", "HERE", "DIRTY", "NO CHECKSUM", "BAD", "WHAT"), rows)
     for layer in found.layers:
         if layer.record.damaged:
             say(f"{layer.record.shown} cannot be attached: {layer.record.damaged}")

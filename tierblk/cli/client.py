@@ -131,7 +131,7 @@ class Daemon:
         except (TimeoutError, BlockingIOError):
             raise DaemonError(
                 f"{self} has not answered for {timeout_s:g} s",
-                f"it may hang; if it does not recover, end it: kill {self.info.get('pid', 'PID')}",
+                f"it may hang; if it does not recover, end it: kill -9 {self.info.get('pid', 'PID')}",
             ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise DaemonError(f"{self} broke off: {error or type(error).__name__}") from None

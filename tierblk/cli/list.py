@@ -9,8 +9,8 @@ import argparse
 from typing import Any
 
 from tierblk.cli import orphans
-from tierblk.cli.arguments import add_json, add_timeout
-from tierblk.cli.client import Daemon, ask_all
+from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
+from tierblk.cli.client import Daemon, ask_all, same_directory
 from tierblk.cli.output import complain, put_json, put_table, say
 from tierblk.errors import TierblkError
 from tierblk.units import format_size
@@ -21,6 +21,7 @@ HELP = "list attached devices"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Nothing but the common ones."""
+    add_cache_dir(parser, "only devices of this cache directory")
     add_json(parser)
     add_timeout(parser)
 
@@ -29,12 +30,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table. A daemon that does not answer is an error, after the others' devices were shown."""
     found: list[dict[str, Any]] = []
     failed: TierblkError | None = None
-    for _, devices, error in ask_all(Daemon.devices, args.timeout_s):
+    for daemon, devices, error in ask_all(Daemon.devices, args.timeout_s):
+        if args.cache_dir is not None and not same_directory(daemon.cache_dir, args.cache_dir):
+            continue
         found += devices or []
         if error:
             complain(error)
             failed = error
-    found += [orphans.shown(record) for _, record in orphans.waiting(args.timeout_s)]
+    found += [orphans.shown(record) for _, record in orphans.waiting(args.timeout_s, args.cache_dir)]
     if args.json:
         put_json({"devices": found})
     elif found:

@@ -86,15 +86,20 @@ def _pace(cache: CacheView) -> tuple[str, str]:
     return f"{size(cache.throttle_bytes_per_s)}/s", "yellow"
 
 
+def _slots(cache: CacheView, size_bytes: int) -> str:
+    """Of a daemon that never answered nothing is known."""
+    return size(size_bytes if cache.size_bytes else None)
+
+
 CACHES: Table[CacheView] = Table(
     (
         Column("CACHE", 20, lambda c: c.cache_dir, right=False, flexible=True),
         Column("STATE", 7, lambda c: _state(c.state), right=False),
-        Column("SLOTS", 5, lambda c: size(c.size_bytes)),
-        Column("FREE", 5, lambda c: size(c.free_bytes)),
-        Column("DIRTY", 5, lambda c: size(c.dirty_bytes)),
-        Column("QUARANT", 7, lambda c: size(c.quarantined_bytes)),
-        Column("BAD", 5, lambda c: (size(c.bad_bytes), "red" if c.bad_bytes else "")),
+        Column("SLOTS", 5, lambda c: _slots(c, c.size_bytes)),
+        Column("FREE", 5, lambda c: _slots(c, c.free_bytes)),
+        Column("DIRTY", 5, lambda c: _slots(c, c.dirty_bytes)),
+        Column("QUARANT", 7, lambda c: _slots(c, c.quarantined_bytes)),
+        Column("BAD", 5, lambda c: (_slots(c, c.bad_bytes), "red" if c.bad_bytes else "")),
         Column("EVICT/s", 7, lambda c: size(c.evicted_bytes_per_s)),
         Column("PACED", 7, _pace, rank=1),
         Column("PID", 7, lambda c: str(c.pid or "-"), rank=2),

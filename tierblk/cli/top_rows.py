@@ -123,7 +123,9 @@ def overview(picture: Picture, view: View) -> list[Line]:
         _shrink(sections, room - len(troubles))
     blocks = [section.lines(view) for section in sections]
     if not devices:
-        blocks[1] = [Line.of(" no device is attached", "dim")]
+        silent = any(cache.state == "silent" for cache in picture.caches)
+        words = "which devices are attached is not known" if silent else "no device is attached"
+        blocks[1] = [Line.of(f" {words}", "dim")]
     lines = [title(picture, view, f"sorted by {view.sort}")]
     for block in [*blocks, troubles]:
         if block and is_spaced and len(lines) > 1:
