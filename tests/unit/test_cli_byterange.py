@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tierblk.cli.byterange import parse_range
+from tierblk.cli.byterange import parse_range, within
 from tierblk.cli.cache_dump import hex_lines
+from tierblk.errors import DeviceError
 from tierblk.extent import BLOCK_BYTES, Extent
 
 
@@ -62,3 +63,11 @@ def test_the_last_line_of_a_dump_is_never_squeezed_away() -> None:
         "00001020  00 00 00                                          |...|",
         "00001023",
     ]
+
+
+def test_what_lies_behind_the_end_is_cut_or_refused() -> None:
+    # what a daemon is asked fits in 63 bits then
+    assert within(parse_range("all"), 10 << 20, "web") == Extent(0, 10 << 20)
+    assert within(Extent(5, 100), 10, "web") == Extent(5, 5)
+    with pytest.raises(DeviceError, match="behind the end of web, which has 10 MiB"):
+        within(Extent(10 << 20, 1), 10 << 20, "web")
