@@ -103,6 +103,7 @@ def test_a_block_that_is_being_moved_is_not_evicted(tmp_path: Path) -> None:
         far.evict(1)
         assert [event.value for event in far.told if event.kind == EVICTED] == [0]
         far.give()
+        far.until(lambda: far.door.stats()["moved"] == 1)  # else `land` could take what the move is to read
         far.land(late)
         assert far.masks(0) == (0b11, 0b11, 0, 0b10)
         far.consistent()

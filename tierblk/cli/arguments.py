@@ -22,7 +22,9 @@ class VerbParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's."""
-        may_be_left_out = any(not action.option_strings and action.nargs == "?" for action in self._actions)
+        positionals = [action for action in self._actions if not action.option_strings]
+        # One alone is not behind any option that could be taken for its end; and this makes a help text.
+        may_be_left_out = len(positionals) > 1 and any(action.nargs == "?" for action in positionals)
         if self._is_inside or not may_be_left_out:
             return super().parse_known_args(args, namespace)
         self._is_inside = True  # parse_known_intermixed_args comes here again

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.segment import Segment
 from rich.style import Style
@@ -166,5 +166,7 @@ class Screen:
         size = os.get_terminal_size(self._console.file.fileno())
         width, height = max(20, size.columns or 80), max(4, size.lines or 24)  # a serial line says 0
         self._view = replace(self._view, width=width, height=height)
+        # Else it would go by COLUMNS and LINES, which stay as they were when the terminal gets another size.
+        self._console.size = ConsoleDimensions(width, height)
         lines = draw(self._picture, self._view)
         live.update(Drawing(lines, footer(self._view), height), refresh=True)
