@@ -373,9 +373,14 @@ async def test_a_real_daemon_that_reads(
         door = cast(LocalDoor, daemon._devices["disk"]._door)
         (tmp_path / "prometheus").mkdir()
         async with Prometheus(tmp_path / "prometheus", [address], RULES) as prometheus:
-            for _ in range(2):
-                await asyncio.to_thread(door.read, 0, 1 << 20)
-            await prometheus.until('tierblk_device_read_bytes_total{device="disk",tier="hit"} >= 1048576')
+            # A block is a hit once its slot is written, which no answer waits for: so read until that is so.
+            async with asyncio.timeout(LIMIT_S):
+                while door.stats()["hit_bytes"] < 1 << 20:
+                    await asyncio.to_thread(door.read, 0, 1 << 20)
+            read_bytes = door.stats()["hit_bytes"]
+            await prometheus.until(
+                f'tierblk_device_read_bytes_total{{device="disk",tier="hit"}} == {read_bytes}'
+            )
             (fetched,) = await prometheus.query("tierblk_remote_fetched_bytes_total")
             assert float(fetched["value"][1]) >= 1 << 20
             assert fetched["metric"]["remote"] == image.url()
