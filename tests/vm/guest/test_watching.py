@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_all_that_looks_agrees(
     assert said(tierblk, "verify", "seen")["ok"]
     dumped = scratch / "dumped"
     with dumped.open("wb") as file:
-        words = ["tierblk", "cache", "dump", "seen", "8MiB+3MiB", "--raw"]
+        words = [sys.executable, "-m", "tierblk", "cache", "dump", "seen", "8MiB+3MiB", "--raw"]
         subprocess.run(words, stdout=file, check=True, timeout=60)
     want = hashlib.sha256(direct.read(8 * MIB, 3 * MIB)).hexdigest()
     assert hashlib.sha256(dumped.read_bytes()).hexdigest() == want
