@@ -15,11 +15,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from tierblk import address
 from tierblk.cache import journal, tend
@@ -38,13 +38,13 @@ from tierblk.config import CacheSettings
 from tierblk.core import Engine, Layer
 from tierblk.errors import CacheError
 from tierblk.extent import PAGE_BYTES
+from tierblk.outlast import to_the_end
 from tierblk.units import format_exact_size
 
 _COMMITS_AT_STOP_MAX = 10
 _CLEAR_MAP_PAGES = 64  # 8192 blocks at a time: below a millisecond
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class EngineFactory(Protocol):
@@ -140,7 +140,7 @@ class Cache:
         Who asks for the same identity gets the same layer, so an image is stored once. CacheError. Cancelled,
         it ends first: the record is on its way to the index, and its number must not be given to another.
         """
-        return await _to_the_end(self._base_layer(url, size_bytes, validator))
+        return await to_the_end(self._base_layer(url, size_bytes, validator))
 
     async def _base_layer(self, url: str, size_bytes: int, validator: str) -> Layer:
         async with self._opening:
@@ -186,7 +186,7 @@ class Cache:
         CacheError when there is one of that name that differs in any of this. Cancelled, it ends first.
         Whether it may be shown says `damaged` of its record.
         """
-        return await _to_the_end(self._volume_layer(name, mode, size_bytes, base))
+        return await to_the_end(self._volume_layer(name, mode, size_bytes, base))
 
     async def _volume_layer(
         self, name: str, mode: str, size_bytes: int, base: tuple[str, int, str] | None
@@ -239,7 +239,7 @@ class Cache:
     async def forgive(self, name: str) -> None:
         """The volume of that name is not `damaged` any more: its user does without what was lost. Durable
         when it returns; CacheError, also when there is no such volume. Cancelled, it ends first."""
-        await _to_the_end(self._forgive(name))
+        await to_the_end(self._forgive(name))
 
     async def _forgive(self, name: str) -> None:
         async with self._opening:
@@ -253,7 +253,7 @@ class Cache:
     async def pin(self, layer_id: int, first_block: int, end_block: int, *, pinned: bool) -> None:
         """These blocks of a layer are never evicted from now on, also after a restart, or may be again.
         CacheError, also when it would be more than a half of the cache. Cancelled, it ends first."""
-        await _to_the_end(self._pin(layer_id, first_block, end_block, pinned=pinned))
+        await to_the_end(self._pin(layer_id, first_block, end_block, pinned=pinned))
 
     async def _pin(self, layer_id: int, first_block: int, end_block: int, *, pinned: bool) -> None:
         async with self._opening:
@@ -283,7 +283,7 @@ class Cache:
         """Everything that a volume has is gone when this returns; doors to it are closed before. CacheError
         when the index does not take it: the next start finds what is left of it. Cancelled, it ends first.
         """
-        await _to_the_end(self._drop_volume(name))
+        await to_the_end(self._drop_volume(name))
 
     async def drop_base(self, layer_id: int, may_go: Callable[[LayerRecord], bool]) -> bool:
         """As drop_volume, of a base. may_go: asked when nothing can be opened any more. Whether it is
@@ -293,7 +293,7 @@ class Cache:
             record = self._records.get(layer_id)
             return record if record is not None and may_go(record) else None
 
-        return await _to_the_end(self._drop(find))
+        return await to_the_end(self._drop(find))
 
     async def _drop_volume(self, name: str) -> None:
         await self._drop(lambda: self.volume(name))
@@ -450,17 +450,6 @@ class Cache:
             raise CacheError(f"cannot make the block map of {record.shown}: {error.strerror}") from None
         self._maps.stamp(record.layer_id, self.session)
         return layer
-
-
-async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """What it returns; cancelled, it ends first: what it does to the index must not be left half-known."""
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        task.exception()
-        raise
 
 
 def _refuse_another(known: LayerRecord, wanted: LayerRecord) -> None:

@@ -16,7 +16,7 @@ from tierblk.cache.superblock import SLOT_BYTES
 from tierblk.cache.view import View
 from tierblk.core import PAGE_BYTES, PAGES_PER_BLOCK
 from tierblk.errors import CacheError
-from tierblk.extent import BLOCK_BYTES, Extent, block_extent
+from tierblk.extent import BLOCK_BYTES, Extent, block_extent, valid_pages
 
 _TRIES = 16
 _ALL = (1 << PAGES_PER_BLOCK) - 1
@@ -80,7 +80,7 @@ class Reader:
                 missing |= open_ & entry.present & ~(entry.cached | entry.zero)
                 open_ &= ~(entry.present | entry.cached | entry.zero)
             else:
-                missing |= open_ & _pages_below(block, layer.record.size_bytes) & ~(entry.cached | entry.zero)
+                missing |= open_ & valid_pages(block, layer.record.size_bytes) & ~(entry.cached | entry.zero)
                 open_ = 0
         return plan, missing | self._below(block, open_)
 
@@ -89,7 +89,7 @@ class Reader:
         record = self._layers[-1].record
         if not record.is_volume or not record.url:
             return 0
-        return open_ & _pages_below(block, record.base_size_bytes)
+        return open_ & valid_pages(block, record.base_size_bytes)
 
     def _block(self, block: int, pages: int) -> bytes:
         """A block, of which only these pages count."""
@@ -135,9 +135,3 @@ def _pages_of(block: int, wanted: Extent) -> int:
     """The mask of a block's pages that hold any of these bytes."""
     part = wanted.overlap(Extent(block * BLOCK_BYTES, BLOCK_BYTES))
     return sum(1 << page - block * PAGES_PER_BLOCK for page in part.pages())
-
-
-def _pages_below(block: int, size_bytes: int) -> int:
-    """The mask of a block's pages that begin below that size."""
-    pages = -(-(size_bytes - block * BLOCK_BYTES) // PAGE_BYTES)
-    return (1 << max(0, min(pages, PAGES_PER_BLOCK))) - 1

@@ -4,7 +4,7 @@ needs any more."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,6 @@ PINNED_SHARE = 2
 
 _ROWS_AT_ONCE = 256
 _BLOCKS_AT_ONCE = 8192
-
-Pins = tuple[tuple[int, int], ...]
-Put = Callable[["LayerRecord"], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)

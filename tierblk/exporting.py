@@ -19,6 +19,7 @@ from tierblk.durable import sync_directory
 from tierblk.errors import CacheError, TierblkError
 from tierblk.extent import BLOCK_BYTES
 from tierblk.origin import ImageOrigin, Origin, StoreOrigin, extents_of, standing_of
+from tierblk.outlast import to_the_end
 from tierblk.qcow2 import Qcow2Writer
 from tierblk.reader import WINDOW_BYTES, DeviceReader, Part, Tally
 from tierblk.remote import Identity
@@ -209,13 +210,15 @@ async def copy(reader: Reader, sink: Sink, progress: Callable[[int], None]) -> i
         while running:
             task, offset_bytes, length_bytes, buffer = running[0]
             await task
-            written += await _shielded(_put_window, sink, offset_bytes, length_bytes, buffer)
+            written += await to_the_end(
+                asyncio.to_thread(_put_window, sink, offset_bytes, length_bytes, buffer)
+            )
             running.popleft()
             free.append(buffer)
             progress(offset_bytes + length_bytes - done_bytes)
             done_bytes = offset_bytes + length_bytes
             begin()
-        await _shielded(sink.finish)
+        await to_the_end(asyncio.to_thread(sink.finish))
         progress(reader.size_bytes - done_bytes)
     finally:
         for task, *_ in running:
@@ -233,18 +236,6 @@ def _put_window(sink: Sink, offset_bytes: int, length_bytes: int, buffer: mmap.m
                     sink.write(offset_bytes + at, block)
                     written += len(block)
     return written
-
-
-async def _shielded(function: Callable[..., object], *arguments: object) -> int:
-    """In a thread, which is waited for also by who is cancelled: it uses memory that goes then."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        result = await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        task.exception()
-        raise
-    return result if isinstance(result, int) else 0
 
 
 @contextmanager

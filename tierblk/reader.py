@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 from tierblk.cache import Entry, LayerView, State, View
 from tierblk.core import ENTRIES_PER_ROW, PAGE_BYTES, PAGES_PER_BLOCK, crc32c
 from tierblk.errors import CacheError
 from tierblk.extent import BLOCK_BYTES, block_count, valid_pages
 from tierblk.origin import Origin
+from tierblk.outlast import to_the_end
 
 WINDOW_BYTES = 8 << 20
 _GAP_PAGES = 16
@@ -105,7 +105,7 @@ class DeviceReader:
         """A window into page-aligned memory of at least that length. CacheError: it cannot be had, or changes
         all the time; RemoteUnavailable, RemoteRefused. Cancelled, nothing writes there any more."""
         blocks = range(offset_bytes // BLOCK_BYTES, block_count(offset_bytes + length_bytes))
-        wants = await _to_the_end(asyncio.to_thread(self._cached, blocks, buffer))
+        wants = await to_the_end(asyncio.to_thread(self._cached, blocks, buffer))
         with memoryview(buffer) as view, view[:length_bytes] as window:
             for part, pages in ((self._volume, wants.volume), (self._base, wants.base)):
                 if pages:
@@ -290,14 +290,3 @@ def _runs(pages: list[int], gap: int) -> Ranges:
         else:
             runs.append((page, page + 1))
     return runs
-
-
-async def _to_the_end(work: Coroutine[Any, Any, _Wants]) -> _Wants:
-    """A thread that writes into memory is waited for, also by who is cancelled."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        task.exception()
-        raise

@@ -13,9 +13,6 @@ from rich.cells import cell_len, set_cell_size
 from tierblk.cli.output import plain
 
 NONE = "-"
-SIZE_WIDTH = 5
-COUNT_WIDTH = 5
-TIME_WIDTH = 5
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _ASCII_SPARKS = "_.-=+*#@"
