@@ -30,6 +30,10 @@ class Missing(Exception):
         self.pages = pages
 
 
+class Doubtful(CacheError):
+    """What is cached of a block cannot be believed: bytes do not fit their sums, or never stand still."""
+
+
 class Reader:
     """Reads a stack of layers, from the top down, that a view has; size_bytes: of the device. Blocks."""
 
@@ -66,6 +70,14 @@ class Reader:
             part = wanted.overlap(Extent(block * BLOCK_BYTES, BLOCK_BYTES))
             at = part.offset - block * BLOCK_BYTES
             yield self._block(block, _pages_of(block, part))[at : at + part.length]
+
+    def peek(self, offset_bytes: int, length_bytes: int) -> bytes | None:
+        """Those bytes, fewer behind the device's end; None: not all of them are here, or not such that they
+        can be believed. CacheError: they cannot be read."""
+        try:
+            return b"".join(self.read(Extent(offset_bytes, length_bytes).clamp(self.size_bytes)))
+        except (Missing, Doubtful):
+            return None
 
     def _entries(self, block: int) -> list[Entry]:
         return [layer.entry(block) if block < layer.blocks else Entry() for layer in self._layers]
@@ -107,7 +119,7 @@ class Reader:
                 if bad:
                     self._refuse(block, bad)
                 return bytes(content)
-        raise CacheError(f"block {block} changes faster than it can be read", "try again")
+        raise Doubtful(f"block {block} changes faster than it can be read", "try again")
 
     def _take(self, number: int, block: int, entry: Entry, wanted: int, content: bytearray) -> int:
         """Pages of a layer's slot; which of them are not what their sums say."""
@@ -125,7 +137,7 @@ class Reader:
     def _refuse(self, block: int, bad: int) -> None:
         page = next(page for page in range(PAGES_PER_BLOCK) if bad >> page & 1)
         at = block * BLOCK_BYTES + page * PAGE_BYTES
-        raise CacheError(
+        raise Doubtful(
             f"the cached page at {at:#x} is not what was written there: its checksum does not fit",
             f"`tierblk cache verify {self._view.path}` names all of them",
         )

@@ -102,6 +102,6 @@ class Prometheus:
                 try:
                     if await self.query(expression):
                         return
-                except (aiohttp.ClientError, AssertionError):
+                except aiohttp.ClientError:
                     pass  # it starts
                 await asyncio.sleep(0.1)

@@ -21,9 +21,10 @@ from tests.cache_rig import changed_index, run_directory
 from tests.integration.test_cache_verify import content
 from tests.property.host import Host
 from tests.property.volume_daemon import VolumeDaemon
+from tierblk.cache.directory import SLOTS
 from tierblk.cache.heat import Heat, heat, knows_use, total
 from tierblk.cache.layers import LayerRecord
-from tierblk.cache.peek import CachedBytes
+from tierblk.cache.reading import Reader
 from tierblk.cache.view import View, look
 from tierblk.cli import main
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
@@ -124,7 +125,7 @@ def test_what_a_volume_lost_is_not_absent(host: Host, image: bytes) -> None:
 def test_bytes_that_are_here(host: Host, image: bytes) -> None:
     begin(host, image).stop(clean=True)
     with look(host.directory, host.run_dir) as view:
-        read = CachedBytes(view, *records(view)).read
+        read = Reader(view, [*records(view)], DEVICE_BYTES).peek
         assert read(100, 5000) == image[100:5100]
         assert read(22 * MIB, BLOCK_BYTES + 10) == image[22 * MIB :][:BLOCK_BYTES] + b"v" * 10
         assert read(26 * MIB + 5, BLOCK_BYTES) == bytes(BLOCK_BYTES)
@@ -133,6 +134,24 @@ def test_bytes_that_are_here(host: Host, image: bytes) -> None:
         assert read(22 * MIB + 4 * BLOCK_BYTES - 1, 2) is None
         assert read(DEVICE_BYTES - 5, 100) == bytes(5)
         assert read(DEVICE_BYTES, 100) == b""
+
+
+def test_bytes_that_do_not_fit_their_sums_are_not_taken_for_a_partition_table(
+    host: Host, image: bytes
+) -> None:
+    begin(host, image).stop(clean=True)
+    with look(host.directory, host.run_dir) as view:
+        slot = view.layer(records(view)[1]).entry(0).slot
+    before = json.loads(run(host.directory, "--json").stdout)
+    with (host.directory / SLOTS).open("r+b") as file:
+        file.seek(slot * BLOCK_BYTES + 446)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    after = json.loads(run(host.directory, "--json").stdout)
+    assert (before["partition_table_cached"], len(before["partitions"]) > 0) == (True, True)
+    assert (after["partition_table_cached"], after["partitions"]) == (False, [])
+    assert after["cells"] == before["cells"]
 
 
 def test_beside_a_daemon(host: Host, image: bytes) -> None:

@@ -290,8 +290,9 @@ async def test_an_image_is_not_collected_between_its_layer_and_its_use(tmp_path:
                 while not (bases.opening and rig.cache._opening._waiters):  # noqa: ASYNC110
                     await asyncio.sleep(0)
             collecting = asyncio.create_task(care.collect(older_s=-10, dry_run=False))
-            for _ in range(5):
-                await asyncio.sleep(0)
+            async with asyncio.timeout(LIMIT_S):  # it waits for the lock, or found nothing to do
+                while not collecting.done() and len(rig.cache._opening._waiters) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
         base = await opening
         await collecting
         assert [record.layer_id for record in rig.cache.records] == [base.layer.layer_id]

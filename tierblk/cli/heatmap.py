@@ -12,7 +12,7 @@ from typing import Any
 
 from tierblk import contents, partition
 from tierblk.cache.heat import Heat, heat, knows_use, total
-from tierblk.cache.peek import CachedBytes
+from tierblk.cache.reading import Reader
 from tierblk.cache.view import State, View
 from tierblk.cli.target import CachedDevice
 from tierblk.contents import Contents
@@ -141,7 +141,7 @@ def draw(
     step = 1
     while -(-(end - first) // step) > columns * rows:
         step *= 2
-    table, parts, unread, whole = _partitions(CachedBytes(view, device.volume, device.base))
+    table, parts, unread, whole = _partitions(Reader(view, device.layers, device.size_bytes))
     edges = sorted({*range(first, end, step), end, *(b for p in parts for b in _clip(p[0], first, end))})
     volume = None if layer == "base" else device.volume
     base = None if layer == "volume" else device.base
@@ -180,33 +180,33 @@ def _clip(part: Partition, first: int, end: int) -> tuple[int, int]:
 _Found = list[tuple[Partition, contents.Probed]]
 
 
-def _partitions(read: CachedBytes) -> tuple[str | None, _Found, bool, Contents | None]:
+def _partitions(reader: Reader) -> tuple[str | None, _Found, bool, Contents | None]:
     """(kind of the table, its partitions, whether it could not be read, what is there without one)."""
-    size_bytes = read.size_bytes
-    whole = read.read(0, partition.HEAD_BYTES)
-    head = whole or read.read(0, SECTOR_BYTES)  # which is enough for an MBR
+    size_bytes = reader.size_bytes
+    whole = reader.peek(0, partition.HEAD_BYTES)
+    head = whole or reader.peek(0, SECTOR_BYTES)  # which is enough for an MBR
     table = partition.parse(head, size_bytes) if head else None
     if table is None or head is None:
-        holds = contents.probe(read.read).contents
+        holds = contents.probe(reader.peek).contents
         return None, [], whole is None and holds is None, holds
     parts = list(table.partitions)
     reads = partition.logical(head, size_bytes)
     try:
         wanted = next(reads)
         while True:
-            wanted = reads.send(read.read(*wanted) or b"")
+            wanted = reads.send(reader.peek(*wanted) or b"")
     except StopIteration as stop:
         parts += stop.value
-    return table.kind, [(one, _probe(read, one)) for one in parts], False, None
+    return table.kind, [(one, _probe(reader, one)) for one in parts], False, None
 
 
-def _probe(read: CachedBytes, part: Partition) -> contents.Probed:
+def _probe(reader: Reader, part: Partition) -> contents.Probed:
     if part.kind in EXTENDED:
         return contents.Probed(None, False)
 
     def within(offset: int, length: int) -> bytes | None:
         stop = min(offset + length, part.length_bytes)
-        return read.read(part.start_bytes + offset, max(0, stop - offset))
+        return reader.peek(part.start_bytes + offset, max(0, stop - offset))
 
     return contents.probe(within)
 
