@@ -322,11 +322,11 @@ class FarRig:
                 self.give()
 
     def land(self, *calls: Future[None] | Future[bytes]) -> list[bytes]:
-        """Lets writes land until these calls are done and no fill runs; what there was in the FIFO, JUNK
-        aside. Misses must not be needed for it."""
+        """Lets writes land until these calls are done and no fill runs that was answered; what there was in
+        the FIFO, JUNK aside. Misses must not be needed for it."""
         landed = []
         deadline_s = time.monotonic() + TIMEOUT_S
-        while not all(call.done() for call in calls) or self.engine.stats()["fills"]:
+        while not all(call.done() for call in calls) or self._filling():
             assert time.monotonic() < deadline_s, f"{self.door.stats()} {self.engine.stats()}"
             with suppress(BlockingIOError):
                 landed.append(self.take())
@@ -335,6 +335,10 @@ class FarRig:
             while True:
                 landed.append(self.take())
         return [page for page in landed if page != JUNK]
+
+    def _filling(self) -> bool:
+        self.poll()
+        return self.engine.stats()["fills"] > sum(m.token not in self._places for m in self.asked.values())
 
     # -- the end ---
 
