@@ -49,8 +49,6 @@ class Prometheus:
     """Scrapes addresses once a second, and answers queries."""
 
     def __init__(self, folder: Path, targets: Sequence[str], rules: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self._folder = folder
         config = folder / "prometheus.yml"
         config.write_text(_CONFIG.format(rules=rules, targets=json.dumps(list(targets))))
@@ -58,26 +56,53 @@ class Prometheus:
             str(program("prometheus")),
             f"--config.file={config}",
             f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address={self.address}",
             "--query.lookback-delta=10s",
             "--log.level=warn",
         ]
 
     def _start(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        words = [*self._words, f"--web.listen-address={self.address}"]
         with open(self._folder / "log", "wb") as log:
-            self._process = subprocess.Popen(self._words, stdout=log, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
 
     async def __aenter__(self) -> Self:
-        self._start()
+        """It answers queries."""
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                while not await self._comes_up():
+                    said = (self._folder / "log").read_text()
+                    assert "address already in use" in said, said  # the port was somebody's in between
+        except BaseException:
+            self._kill()
+            raise
         self._session = aiohttp.ClientSession(f"http://{self.address}")
         return self
+
+    async def _comes_up(self) -> bool:
+        """False: it ended."""
+        self._start()
+        async with aiohttp.ClientSession(f"http://{self.address}") as session:
+            while self._process.poll() is None:
+                try:
+                    async with session.get("/-/ready") as answer:
+                        if answer.status == 200:
+                            return True
+                except aiohttp.ClientError:
+                    pass
+                await asyncio.sleep(0.05)
+        return False
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait(LIMIT_S)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
-        self._process.kill()
-        self._process.wait(LIMIT_S)
+        self._kill()
 
     async def ask(self, path: str, **query: str) -> Any:
         """The data of an answer; what is wrong with a question is an AssertionError."""
@@ -95,13 +120,9 @@ class Prometheus:
         return found
 
     async def until(self, expression: str) -> None:
-        """Until an expression gives something; also while it starts."""
+        """Until an expression gives something."""
         async with asyncio.timeout(LIMIT_S):
             while True:
-                assert self._process.poll() is None, (self._folder / "log").read_text()
-                try:
-                    if await self.query(expression):
-                        return
-                except aiohttp.ClientError:
-                    pass  # it starts
+                if await self.query(expression):
+                    return
                 await asyncio.sleep(0.1)

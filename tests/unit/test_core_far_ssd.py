@@ -55,7 +55,7 @@ def test_a_write_in_flight_when_the_fill_begins_is_not_overwritten(rig: FarRig) 
     assert rig.masks(0) == (0b1100000, 0b1100000, 0, 1 << 5)
     rig.consistent()
     rig.give()  # what the slot has
-    rig.finish(reads[1])  # which looked again behind the fill, and missed the page if the write had not landed
+    rig.finish(reads[1])  # it looked again behind the fill, and missed the page if the write had not landed
 
 
 def test_a_write_waits_for_the_fills_ssd_write_of_its_page(rig: FarRig) -> None:
