@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tierblk import address
-from tierblk.cache import journal, tend
+from tierblk.cache import journal, summed, tend
 from tierblk.cache.commit import CommitReport, Committer, VolumeSource
 from tierblk.cache.directory import Directory, open_directory
 from tierblk.cache.index import Index, create_index, open_index
@@ -32,6 +32,8 @@ from tierblk.cache.loading import Loaded, load, refuse_what_cannot_be_served
 from tierblk.cache.maps import Maps
 from tierblk.cache.opening import begin_session, replay_journal
 from tierblk.cache.resize import resize
+from tierblk.cache.settle import Settler
+from tierblk.cache.start import StartMode
 from tierblk.cache.superblock import SLOT_BYTES
 from tierblk.cache.tend import Evicted
 from tierblk.config import CacheSettings
@@ -88,6 +90,7 @@ class Cache:
             slots_fd=directory.slots_fd,
             sums_fd=directory.sums_fd,
         )
+        self.settler = Settler(lambda: list(self._layers.values()), self._opening, lambda: not self._closed)
 
     @classmethod
     def open(cls, settings: CacheSettings, run_dir: Path, make_engine: EngineFactory) -> Cache:
@@ -117,8 +120,11 @@ class Cache:
                 )
                 undo.callback(engine.close)
                 loaded = load(engine, index, maps, directory.superblock)
+                if loaded.mode is StartMode.CLEAN:
+                    _load_summed(directory, index, loaded)
                 journal_fd = begin_session(directory, index, maps, loaded)
                 undo.callback(os.close, journal_fd)
+                summed.remove(directory.path)
                 session = directory.superblock.session
                 engine.open_journal(journal_fd, journal.RING_AT_BYTES, journal.RING_BYTES, session)
                 engine.finish_load()
@@ -411,6 +417,7 @@ class Cache:
 
     def _shut(self, clean: bool) -> None:
         """Closes everything, the lock last: the engine's writes have landed when it goes (R8)."""
+        bits = self._summed() if clean else b""
         self.engine.close()  # if it cannot, it still writes: the lock stays
         with ExitStack() as stack:
             stack.callback(self._directory.close)
@@ -418,8 +425,26 @@ class Cache:
             stack.callback(self._maps.close)
             stack.callback(os.close, self._journal_fd)
             if clean:
+                self._save_summed(bits)
                 self._index.mark_clean(self.session)
                 self._maps.remove_all()
+
+    def _summed(self) -> bytes:
+        """Which slots hold dirty pages with sums, and these are durable; b"": none. No door is open."""
+        bits = summed.bits_for(self.engine.slot_count)
+        for layer in self._layers.values():
+            layer.save_summed(bits)
+        return bytes(bits) if any(bits) else b""
+
+    def _save_summed(self, bits: bytes) -> None:
+        """Without it nothing is lost but these sums, so a disk that refuses it is only told."""
+        if not bits:
+            return
+        try:
+            os.fsync(self._directory.sums_fd)
+            summed.write(self.path, self.uuid, self.session, self.engine.slot_count, bits)
+        except OSError as error:
+            _log.warning("checksums of what was written are lost in %s: %s", self.path, error.strerror)
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -450,6 +475,13 @@ class Cache:
             raise CacheError(f"cannot make the block map of {record.shown}: {error.strerror}") from None
         self._maps.stamp(record.layer_id, self.session)
         return layer
+
+
+def _load_summed(directory: Directory, index: Index, loaded: Loaded) -> None:
+    """What the last session's end says of sums of dirty pages."""
+    if bits := summed.read(directory.path, directory.superblock.uuid, index.meta().session):
+        for layer in loaded.layers.values():
+            layer.load_summed(bits)
 
 
 def _refuse_another(known: LayerRecord, wanted: LayerRecord) -> None:

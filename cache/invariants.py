@@ -183,7 +183,7 @@ def check_bytes(
 
 
 def _shown(entry: Entry) -> str:
-    slot, *masks = entry
+    slot, *masks = entry[:5]
     named = zip(("present", "cached", "zero", "dirty"), masks, strict=True)
     return f"slot {slot}" + "".join(f" {name} {mask:#06x}" for name, mask in named if mask)
 

@@ -34,6 +34,8 @@ _ENTRY = struct.Struct("<IHHHH")  # of the core's entry: slot, present, cached, 
 _SLOT = struct.Struct("<I28x")
 _MARKS = struct.Struct("<14xH16x")
 REFERENCED, PROBATION, SEALED = 1, 2, 8  # of the core's flags (core.h), what may be shown of them
+SUMMED = 128  # and what says of sums; a killed daemon's too
+_SHOWN = struct.Struct("<IHHHH2xH16x")  # with the flags
 _READ_BYTES = 1 << 20
 
 _FIELDS = struct.Struct("<8sII16s16sQQ")
@@ -91,6 +93,21 @@ def data_extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, i
         if start < stop:
             yield start, stop
         start = stop
+
+
+def entries_in_map(packed: bytes) -> list[Entry]:
+    """Neighbouring entries. A slot that was taken for a write which has not ended is in no row either."""
+    return [
+        Entry(
+            slot if cached else 0,
+            present,
+            cached,
+            zero,
+            dirty,
+            dirty & cached if flags & SUMMED else 0,
+        )
+        for slot, present, cached, zero, dirty, flags in _SHOWN.iter_unpack(packed)
+    ]
 
 
 def marks_in(packed: bytes) -> list[int]:
@@ -207,7 +224,7 @@ class Maps:
                     for number, (slot,) in enumerate(_SLOT.iter_unpack(data)):
                         if slot in slots:
                             offset = number * ENTRY_BYTES
-                            yield at + offset, Entry._make(_ENTRY.unpack_from(data, offset))
+                            yield at + offset, Entry(*_ENTRY.unpack_from(data, offset))
         except OSError as error:
             raise self._unusable(layer_id, "read", error) from None
 

@@ -1,4 +1,4 @@
-"""Whether clean pages are what their sums say: neighbouring slots in one read, several reads at a time.
+"""Whether pages are what their sums say: neighbouring slots in one read, several reads at a time.
 
 Beside a daemon a block may have another slot, or other bytes, between the look at its entry and the read.
 So what does not fit is looked at again, entry and bytes, until two looks that saw the same entry before and
@@ -37,13 +37,14 @@ class Place(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A block with clean pages that cannot be right. pages: a mask of those whose bytes do not fit their
-    sums; trouble: why nothing is known of the bytes, else ""."""
+    """A block with pages that cannot be right. pages: a mask of those whose bytes do not fit their sums;
+    dirty: those of them that nobody else has; trouble: why nothing is known of the bytes, else ""."""
 
     layer: LayerView
     block: int
     slot: int
     pages: int
+    dirty: int = 0
     trouble: str = ""
 
 
@@ -53,11 +54,6 @@ class Checked(NamedTuple):
     places: int
     bad: list[Bad]
     unsettled: int
-
-
-def clean_pages(entry: Entry) -> int:
-    """The mask of those that have a sum."""
-    return entry.cached & ~entry.dirty
 
 
 def bad_pages(block: memoryview, kept: bytes, pages: int) -> int:
@@ -78,7 +74,7 @@ class PageCheck:
         self._memory = local()
 
     def check(self, places: Iterable[Place]) -> Generator[Checked, None, None]:
-        """Of all places, which have clean pages, in an order that suits the disk."""
+        """Of all places, which have pages with sums, in an order that suits the disk."""
         runs = _runs(places)
         pool = ThreadPoolExecutor(READERS, "check")
         pending: deque[Future[Checked]] = deque()
@@ -111,14 +107,14 @@ class PageCheck:
                 bad = [each for part in parts for each in part.bad]
                 return Checked(len(run), bad, sum(part.unsettled for part in parts))
             place = run[0]
-            return Checked(1, [Bad(place.layer, place.block, first, 0, error.message)], 0)
+            return Checked(1, [Bad(place.layer, place.block, first, 0, trouble=error.message)], 0)
         sum_bytes = SUM_BYTES * PAGES_PER_BLOCK
         found, unsettled = list[Bad](), 0
         for i, place in enumerate(run):
             sums = kept[i * sum_bytes : (i + 1) * sum_bytes]
-            pages = bad_pages(buffer[i * SLOT_BYTES : (i + 1) * SLOT_BYTES], sums, clean_pages(place.entry))
+            pages = bad_pages(buffer[i * SLOT_BYTES : (i + 1) * SLOT_BYTES], sums, place.entry.checkable)
             if pages and not self._live:
-                found.append(Bad(place.layer, place.block, place.entry.slot, pages))
+                found.append(_bad(place, place.entry, pages))
             elif pages:
                 again = self._again(place)
                 unsettled += again is None
@@ -130,12 +126,16 @@ class PageCheck:
         try:
             found = settled(self._view, place.layer, place.block)
         except CacheError as error:
-            return Bad(place.layer, place.block, place.entry.slot, 0, error.message)
-        return Bad(place.layer, place.block, found.entry.slot, found.bad) if found else None
+            return Bad(place.layer, place.block, place.entry.slot, 0, trouble=error.message)
+        return _bad(place, found.entry, found.bad) if found else None
+
+
+def _bad(place: Place, entry: Entry, pages: int) -> Bad:
+    return Bad(place.layer, place.block, entry.slot, pages, pages & entry.dirty)
 
 
 class Sums(NamedTuple):
-    """A block, the kept sums of its slot's pages, and the mask of its clean pages that they do not fit."""
+    """A block, the kept sums of its slot's pages, and the mask of the pages that they do not fit."""
 
     entry: Entry
     kept: tuple[int, ...]
@@ -149,12 +149,12 @@ def settled(view: View, layer: LayerView, block: int) -> Sums | None:
     with mmap.mmap(-1, SLOT_BYTES) as memory, memoryview(memory) as bytes_:
         for _ in range(_LOOKS_MAX):
             entry = layer.entry(block)
-            if not clean_pages(entry):
+            if not entry.checkable:
                 return Sums(entry, (0,) * PAGES_PER_BLOCK, 0)
             packed = view.packed_sums(entry.slot)
             view.read_slot(entry.slot, 0, bytes_)
             found = Sums(
-                entry, tuple(memoryview(packed).cast("I")), bad_pages(bytes_, packed, clean_pages(entry))
+                entry, tuple(memoryview(packed).cast("I")), bad_pages(bytes_, packed, entry.checkable)
             )
             if view.state is not State.SERVED or found == before:
                 return found

@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Iterator
 
 from tierblk.cache.layers import LayerRecord
-from tierblk.cache.pagecheck import bad_pages, clean_pages
+from tierblk.cache.pagecheck import bad_pages
 from tierblk.cache.rows import Entry
 from tierblk.cache.superblock import SLOT_BYTES
 from tierblk.cache.view import View
@@ -130,7 +130,7 @@ class Reader:
             if wanted >> page & 1:
                 at, stop = page * PAGE_BYTES, min((page + 1) * PAGE_BYTES, end)
                 content[at:stop] = memory[at:stop]
-        if checked := clean_pages(entry) & wanted:
+        if checked := entry.checkable & wanted:
             return bad_pages(memory, self._view.packed_sums(entry.slot), checked)
         return 0
 

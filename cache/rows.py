@@ -16,7 +16,6 @@ from tierblk.core import ENTRIES_PER_ROW, ROW_BYTES, crc32c
 ENTRIES_BYTES = ROW_BYTES - 4
 ROW_ENTRY_BYTES = ENTRIES_BYTES // ENTRIES_PER_ROW
 
-_ENTRIES = struct.Struct("<" + "IHHHH" * ENTRIES_PER_ROW)
 _ENTRY = struct.Struct("<IHHHH")
 _CRC = struct.Struct("<I")
 # One bit set for every bit that a `cached` mask can have, in the whole row read as one little-endian number.
@@ -24,13 +23,20 @@ _CACHED_BITS = int.from_bytes(struct.pack("<IHHHH", 0, 0, 0xFFFF, 0, 0) * ENTRIE
 
 
 class Entry(NamedTuple):
-    """What a row keeps of one block: its slot (0: none) and four masks of 16 pages."""
+    """What a row keeps of one block: its slot (0: none) and four masks of 16 pages; and, which it does not,
+    those dirty pages that have their sums nevertheless (summed.py, core/sums.c)."""
 
     slot: int = 0
     present: int = 0
     cached: int = 0
     zero: int = 0
     dirty: int = 0
+    summed: int = 0
+
+    @property
+    def checkable(self) -> int:
+        """The mask of pages in the slot that have a sum (R9)."""
+        return self.cached & ~self.dirty | self.summed
 
 
 NO_ENTRY = Entry()
@@ -41,7 +47,7 @@ def pack_row(entries: Sequence[Entry]) -> bytes:
     if len(entries) > ENTRIES_PER_ROW:
         raise ValueError(f"a row has {ENTRIES_PER_ROW} entries, not {len(entries)}")
     padding = ENTRIES_PER_ROW - len(entries)
-    packed = _ENTRIES.pack(*(field for entry in [*entries, *[NO_ENTRY] * padding] for field in entry))
+    packed = pack_entries([*entries, *[NO_ENTRY] * padding])
     return packed + _CRC.pack(crc32c(packed))
 
 
@@ -63,21 +69,17 @@ def check_row(packed: bytes) -> None:
 
 def entries_of(packed: bytes) -> list[Entry]:
     """The entries of a row that is known to be good: its checksum is not looked at. b"" is an empty row."""
-    if not packed:
-        return [NO_ENTRY] * ENTRIES_PER_ROW
-    fields = _ENTRIES.unpack_from(packed)
-    return [Entry(*fields[at : at + 5]) for at in range(0, len(fields), 5)]
+    return entries_in_rows(packed[:ENTRIES_BYTES]) if packed else [NO_ENTRY] * ENTRIES_PER_ROW
 
 
-def entries_in(packed: bytes, entry_bytes: int) -> list[Entry]:
-    """Entries that begin every so many bytes, as they do in a row and in a map."""
-    every = struct.Struct(f"{_ENTRY.format}{entry_bytes - _ENTRY.size}x")
-    return list(map(Entry._make, every.iter_unpack(packed)))
+def entries_in_rows(packed: bytes) -> list[Entry]:
+    """Of any number of neighbouring entries, as a row has them."""
+    return [Entry(*fields) for fields in _ENTRY.iter_unpack(packed)]
 
 
 def pack_entries(entries: Sequence[Entry]) -> bytes:
     """As a row has them, without its checksum."""
-    return b"".join(_ENTRY.pack(*entry) for entry in entries)
+    return b"".join(_ENTRY.pack(*entry[:5]) for entry in entries)
 
 
 def cached_pages(packed: bytes) -> int:

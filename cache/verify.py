@@ -15,7 +15,7 @@ from pathlib import Path
 from tierblk.cache.census import count
 from tierblk.cache.invariants import Violation, check_masks, check_session
 from tierblk.cache.layers import LayerRecord
-from tierblk.cache.pagecheck import Bad, PageCheck, Place, clean_pages
+from tierblk.cache.pagecheck import Bad, PageCheck, Place
 from tierblk.cache.rows import Entry
 from tierblk.cache.superblock import Superblock
 from tierblk.cache.view import LayerView, State, View, look
@@ -31,7 +31,7 @@ _LOOKS = 3
 @dataclass
 class LayerFound:
     """A layer, how many bytes of it are here, and of those how many nobody else has. unchecked_blocks: that
-    have dirty pages in their slot, which have no sum. bad: what does not fit its sum."""
+    have dirty pages in their slot, and no sums of them yet. bad: what does not fit its sum."""
 
     record: LayerRecord
     cached_bytes: int = 0
@@ -109,14 +109,14 @@ class _Structure:
         self._twice: set[int] = set()
 
     def check(self) -> int:
-        """How many slots have clean pages."""
+        """How many slots have pages with sums."""
         slots = 0
         for layer, counts in zip(self._layers, self._found.layers, strict=True):
             is_volume = layer.record.is_volume
             whole_blocks = layer.record.size_bytes // BLOCK_BYTES
             for block, entry in layer.entries():
-                slots += clean_pages(entry) != 0
-                counts.unchecked_blocks += entry.cached & entry.dirty != 0
+                slots += entry.checkable != 0
+                counts.unchecked_blocks += entry.cached & entry.dirty & ~entry.summed != 0
                 if block >= whole_blocks or not _is_plain(entry, is_volume=is_volume):
                     self._check_masks(layer, block, entry)
                 if entry.slot:
@@ -173,7 +173,7 @@ def _both_have(slot: int, one: tuple[LayerView, int], other: tuple[LayerView, in
 
 def _is_plain(entry: Entry, *, is_volume: bool) -> bool:
     """What most blocks are, cached without a contradiction: said faster than by check_masks."""
-    slot, present, cached, zero, dirty = entry
+    slot, present, cached, zero, dirty, _ = entry
     if not slot or not cached or zero:
         return False
     return not (dirty & ~cached or cached & ~present) if is_volume else not (present or dirty)
@@ -202,11 +202,11 @@ def _check_pages(view: View, layers: list[LayerView], found: Found, slots: int, 
 
 
 def _places(view: View, layers: list[LayerView], found: Found) -> Iterator[Place]:
-    """What has clean pages, in slots that the files have."""
+    """What has pages with sums, in slots that the files have."""
     end = view.whole_slots
     for layer in layers:
         for block, entry in layer.entries():
-            if not clean_pages(entry):
+            if not entry.checkable:
                 continue
             if not 0 < entry.slot < end:
                 if entry.slot:
@@ -221,4 +221,5 @@ def _texts(bad: Bad) -> Iterator[str]:
         yield bad.trouble
     for page in range(PAGES_PER_BLOCK):
         if bad.pages >> page & 1:
-            yield f"page {page} in slot {bad.slot} is not what was written there"
+            lost = ", and nobody else has it" if bad.dirty >> page & 1 else ""
+            yield f"page {page} in slot {bad.slot} is not what was written there{lost}"

@@ -23,20 +23,20 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from tierblk.cache import journal
+from tierblk.cache import journal, summed
 from tierblk.cache import superblock as superblocks
 from tierblk.cache.directory import INDEX, JOURNAL, SLOTS, SUMS, SUMS_BYTES_PER_SLOT
 from tierblk.cache.index import HEAD_KEY, Index, Meta, open_index
 from tierblk.cache.layers import LayerRecord
 from tierblk.cache.loading import refuse_what_cannot_be_served
-from tierblk.cache.maps import ENTRY_BYTES, data_extents, find_map, marks_in
+from tierblk.cache.maps import ENTRY_BYTES, data_extents, entries_in_map, find_map, marks_in
 from tierblk.cache.rows import (
     ENTRIES_BYTES,
     NO_ENTRY,
     ROW_ENTRY_BYTES,
     Entry,
     check_row,
-    entries_in,
+    entries_in_rows,
     entries_of,
     pack_entries,
 )
@@ -75,11 +75,11 @@ class Piece:
 
     def entries(self) -> list[Entry]:
         """Of each block, also where nothing is known."""
-        entries = entries_in(self.packed, self.entry_bytes)
-        if self.entry_bytes == ROW_ENTRY_BYTES:
-            return entries
-        # A slot that was taken for a write which has not ended is in no row either.
-        return [entry if entry.cached or not entry.slot else entry._replace(slot=0) for entry in entries]
+        return (
+            entries_in_rows(self.packed)
+            if self.entry_bytes == ROW_ENTRY_BYTES
+            else entries_in_map(self.packed)
+        )
 
     def marks(self) -> list[int]:
         """Of each block what the core notes beside its masks (REFERENCED, PROBATION); only maps have it."""
@@ -102,9 +102,10 @@ class LayerView:
         map_fd: int | None,
         index: Index | None,
         replayed: dict[int, bytes] | None,
+        summed_slots: bytes = b"",
     ) -> None:
         """One of map_fd and index is there, or nothing is cached that counts. replayed: rows that the journal
-        adds to the index; None: the last session ended in order."""
+        adds to the index; None: the last session ended in order. summed_slots: then, see summed.py."""
         self.record = record
         self.blocks = block_count(record.size_bytes)
         self.row_faults: dict[int, str] = {}
@@ -113,6 +114,7 @@ class LayerView:
         self._map_fd = map_fd
         self._index = index
         self._replayed = replayed
+        self._summed_slots = summed_slots if record.is_volume else b""
 
     @property
     def bad_rows(self) -> list[int]:
@@ -139,7 +141,11 @@ class LayerView:
         for piece in self.pieces(first_block, end_block):
             for block, entry in enumerate(piece.entries(), piece.first_block):
                 if entry != NO_ENTRY and first_block <= block < end_block:
-                    yield block, entry
+                    yield block, self._with_sums(entry) if self._summed_slots else entry
+
+    def _with_sums(self, entry: Entry) -> Entry:
+        has_sums = summed.has_bit(self._summed_slots, entry.slot)
+        return entry._replace(summed=entry.dirty & entry.cached) if has_sums else entry
 
     def entry(self, block: int) -> Entry:
         """Of one block, as it is now."""
@@ -251,7 +257,7 @@ class View:
         gone = record.kind == "scratch" and self.state is State.CUT  # with the machine's uptime
         index = None if map_fd is not None or gone or self.state is State.STRANGE else files.index
         replayed = files.replayed.get(record.layer_id, {}) if self.state is State.CUT else None
-        return LayerView(record, map_fd, index, replayed)
+        return LayerView(record, map_fd, index, replayed, files.summed_slots)
 
     def volume_state(self, record: LayerRecord) -> bytes | None:
         """See Index.volume_state; as of now."""
@@ -299,7 +305,7 @@ class View:
             raise CacheError(f"{self.path / SLOTS} ends before slot {slot}")
 
     def sums(self, slot: int) -> tuple[int, ...]:
-        """The kept crc32c of each page of a slot; of clean ones only, and only they count (R9)."""
+        """The kept crc32c of each page of a slot, of which those of `Entry.checkable` count (R9)."""
         return tuple(memoryview(self.packed_sums(slot)).cast("I"))
 
     def packed_sums(self, slot: int, slots: int = 1) -> bytes:
@@ -324,6 +330,7 @@ class _Files:
         self.records: list[LayerRecord] = []
         self.maps: dict[int, int] = {}
         self.replayed: dict[int, dict[int, bytes]] = {}
+        self.summed_slots = b""
         self.faults: list[Fault] = []
         self._path = path
         self._superblock = superblock
@@ -401,6 +408,8 @@ def _open(path: Path, run_root: Path, undo: ExitStack, *, lenient: bool) -> View
             files.faults.append(Fault("R7", error.message))
             replay = None
         files.replayed = replay.rows if replay else {}
+    elif state is State.ENDED:
+        files.summed_slots = summed.read(path, superblock.uuid, meta.session)
     return View(path, superblock, bad, state, meta, files)
 
 

@@ -134,6 +134,7 @@ class CacheSettings(Settings):
     free_low_percent: Annotated[float, values.percent(0.1, 50)] = 2.0
     free_high_percent: Annotated[float, values.percent(0.1, 50)] = Field(default=4.0, validate_default=True)
     commit_interval: Annotated[Seconds, values.duration(0.1, 600)] = 5.0
+    checksum_after: Annotated[Seconds, values.duration(0.1, 3600)] = 30.0
 
     @field_validator("free_high_percent")
     @classmethod
@@ -267,7 +268,7 @@ def format_setting(key: str, value: object) -> str:
     """A value of a CacheSettings as its file would say it."""
     if key == "size" and isinstance(value, int):
         return format_exact_size(value)
-    if key == "commit_interval" and isinstance(value, float):
+    if key in ("commit_interval", "checksum_after") and isinstance(value, float):
         return format_duration(value)
     return str(value)
 

@@ -1,7 +1,8 @@
 """Reads a device out of its cache directory, beside a daemon or without one: what is cached from the slots,
 everything else from where it comes from.
 
-A clean page counts only with its checksum; one that is bad is fetched instead. Beside a daemon a slot can be
+A clean page counts only with its checksum; one that is bad is fetched instead. One that nobody else has is
+given as it is, and told when it does not fit. Beside a daemon a slot can be
 given to another block between looking and reading: an entry that is another one behind the bytes makes them
 worthless, and the block is read again.
 """
@@ -32,11 +33,13 @@ Ranges = list[tuple[int, int]]
 @dataclass
 class Tally:
     """Where bytes came from so far. bad_pages: cached ones with another checksum than they should have, which
-    were fetched. holes: (offset, length) in bytes of what could not be had."""
+    were fetched. damaged: pages of the device that are not what was written, and that nobody else has: they
+    are given as they are here. holes: (offset, length) in bytes of what could not be had."""
 
     cached_bytes: int = 0
     fetched_bytes: int = 0
     bad_pages: int = 0
+    damaged: list[int] = field(default_factory=list)
     holes: Ranges = field(default_factory=list)
 
 
@@ -132,6 +135,7 @@ class DeviceReader:
                 wants.lost += block_wants.lost
                 self.tally.cached_bytes += block_wants.cached_bytes
                 self.tally.bad_pages += block_wants.bad_pages
+                self.tally.damaged += block_wants.damaged
             if not left:
                 return wants
         raise CacheError(
@@ -202,9 +206,11 @@ class DeviceReader:
                     continue
                 data = memory[(page - first) * PAGE_BYTES : (page - first + 1) * PAGE_BYTES]
                 undo.enter_context(data)
-                if not entry.dirty >> page & 1 and crc32c(data) != sums[page]:
-                    wants.bad_pages += 1
-                    continue
+                if entry.checkable >> page & 1 and crc32c(data) != sums[page]:
+                    if not entry.dirty >> page & 1:
+                        wants.bad_pages += 1
+                        continue
+                    wants.take(1 << page, wants.damaged)
                 if pages.bit_count() != end - first:
                     target[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = data
                 good |= 1 << page
@@ -260,6 +266,7 @@ class _BlockWants:
     volume: list[int] = field(default_factory=list)
     base: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
     cached_bytes: int = 0
     bad_pages: int = 0
 

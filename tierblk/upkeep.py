@@ -54,6 +54,7 @@ class Upkeep:
         engine.set_watchdog(self._config.daemon.watchdog)
         self._beat()
         self._keep(self._commit_on_timer())
+        self._keep(self._cache.settler.run(self._config.cache.checksum_after))
 
     async def stop(self) -> None:
         """No event comes any more: doors are closed, fills are idle."""

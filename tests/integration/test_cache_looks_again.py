@@ -44,7 +44,7 @@ class Files:
     def set_entry(self, layer_id: int, block: int, entry: Entry) -> None:
         with open(self._maps / f"{layer_id}.map", "r+b") as file:
             file.seek(MAP_HEADER_BYTES + block * ENTRY_BYTES)
-            file.write(struct.pack("<IHHHH20x", *entry))
+            file.write(struct.pack("<IHHHH20x", *entry[:5]))
 
     def fill(self, slot: int, data: bytes, *, sums: bool = True) -> None:
         with open(self.directory / "slots", "r+b") as file:

@@ -37,13 +37,16 @@ async def verify(target: Path, *words: str) -> int:
     return await asyncio.to_thread(main, ["cache", "verify", str(target), *words])
 
 
-async def served(config: Config, run_dir: Path) -> tuple[Host, bytes]:
-    """All of an image cached, a little of it written over; then the end in order."""
+async def served(config: Config, run_dir: Path, *, settled: bool = False) -> tuple[Host, bytes]:
+    """All of an image cached, a little of it written over; then the end in order. settled: with the sums of
+    what was written."""
     host = await Host.start(config, run_dir)
     await host.attach()
     await host.content()
     await host.write(64 * PAGE_BYTES, b"dirty" * 1024)
     content = await host.content()
+    while settled and host.cache.settler.lacking:
+        await host.cache.settler.turn(1000)
     await host.stop()
     return host, content
 
@@ -128,8 +131,40 @@ async def test_every_single_bit_of_a_thousand_is_found(tmp_path: Path, run_dir: 
 async def test_a_flipped_dirty_page_is_named_and_left_alone(
     tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has no sum, so nobody can say which bytes are right: its block is counted among those that cannot be
-    checked, in every report, and a repair passes it by."""
+    """A repair mends what is beside it."""
+    config = local(tmp_path, random.Random(73).randbytes(IMAGE_BYTES))
+    _, content = await served(config, run_dir, settled=True)
+    cache = tmp_path / "cache"
+    (page, *_) = places(cache, run_dir, "local", dirty=True)
+    (clean, *_) = places(cache, run_dir, "base", dirty=False)
+    flip(cache / "slots", page + 7)
+    damaged = content_of(tmp_path)
+    flip(cache / "slots", clean + 7)
+    assert await verify(written(config), "--repair", "--json") == 6
+    found = json.loads(capsys.readouterr().out)
+    layers = {layer["kind"]: layer for layer in found["layers"]}
+    assert {kind: (layer["bad_pages"], layer["unchecked_blocks"]) for kind, layer in layers.items()} == {
+        "base": (1, 0),
+        "local": (1, 0),
+    }
+    assert (found["repaired"]["pages"], found["repaired"]["left_pages"]) == (1, 1)
+    assert content_of(tmp_path) == damaged
+    assert await verify(written(config), "--repair") == 6
+    said = capsys.readouterr()
+    assert "0 pages are repaired, 1 are not" in said.out
+    assert f"slot {page // BLOCK_BYTES} is not what was written there, and nobody else has it" in said.out
+    assert "it is left as it is" in said.err
+    assert content_of(tmp_path) == damaged
+    assert await export(config, tmp_path / "out.raw", "--json") == 0
+    (at,) = json.loads(capsys.readouterr().out)["damaged_pages"]
+    out = (tmp_path / "out.raw").read_bytes()
+    assert [n for n in range(len(out)) if out[n] != content[n]] == [at + 7]
+
+
+async def test_a_dirty_page_that_was_just_written_is_counted(
+    tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no sum yet, so nobody can say which bytes are right."""
     config = local(tmp_path, random.Random(73).randbytes(IMAGE_BYTES))
     await served(config, run_dir)
     (page, *_) = places(tmp_path / "cache", run_dir, "local", dirty=True)

@@ -170,7 +170,7 @@ def test_a_row_that_cannot_be_believed_is_lost_to_a_volume(host: Host) -> None:
         lost = dict(layers["local"].entries(128, 192))
         assert layers["local"].row_faults.keys() == {2}
         assert set(lost) == set(range(128, 192))
-        assert {tuple(entry) for entry in lost.values()} == {(0, 0xFFFF, 0, 0, 0)}
+        assert {tuple(entry) for entry in lost.values()} == {(0, 0xFFFF, 0, 0, 0, 0)}
 
 
 def test_what_is_no_cache_directory(tmp_path: Path) -> None:

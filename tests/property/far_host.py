@@ -20,7 +20,9 @@ from tests.property.host import Host
 from tierblk import standing as standings
 from tierblk.cache import Cache
 from tierblk.cache.directory import JOURNAL
+from tierblk.cache.pagecheck import bad_pages
 from tierblk.cache.rows import entries_of
+from tierblk.cache.summed import bits_for, has_bit
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, PAGE_BYTES, PAGES_PER_BLOCK, Layer, Sealed
@@ -166,13 +168,34 @@ class FarHost:
                     and not rig.upkeep._evicting_slots
                     and committer._next is None
                     and (committer._running is None or committer._running.done())
-                    and len(rig.upkeep._tasks) == 1  # the timer's
+                    and len(rig.upkeep._tasks) == 2  # the timer's, the sums'
                     and (self.syncing is not None or writing is None or writing._flying is None)
                     and not (writing and writing._side)
                 )
                 if idle:
                     return
                 await asyncio.sleep(0.0005)
+
+    async def settle(self, passes: int) -> None:
+        """Who makes checksums behind the writes passes so often."""
+        assert self.rig is not None
+        for _ in range(passes):
+            assert (await self.rig.cache.settler.turn(10**6)).ended
+
+    def sums_that_do_not_fit(self) -> list[str]:
+        """R9: of clean pages, and of dirty ones that have any, they are of what is in the slots."""
+        layer, found = self.far.layer, []
+        assert self.rig is not None
+        bits = bits_for(self.rig.cache.engine.slot_count)
+        layer.save_summed(bits)
+        slots, sums = (self.disk.content(name) for name in ("slots", "sums"))
+        for row in range(layer.rows):
+            for block, entry in enumerate(entries_of(layer.peek_row(row)), row * ENTRIES_PER_ROW):
+                pages = entry.cached if has_bit(bytes(bits), entry.slot) else entry.cached & ~entry.dirty
+                data = memoryview(slots)[entry.slot * BLOCK_BYTES : (entry.slot + 1) * BLOCK_BYTES]
+                if bad := bad_pages(data, sums[entry.slot * 64 : (entry.slot + 1) * 64], pages):
+                    found.append(f"R9: sums of pages {bad:#x} of block {block}")
+        return found
 
     def pages(self) -> tuple[set[int], dict[int, bytes]]:
         """Pages that are present in the volume, and the bytes of those that are here and clean."""

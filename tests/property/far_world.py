@@ -429,6 +429,8 @@ class FarWorld(FarLog):
             if host.syncing is None:
                 found = host.rig.cache.check()
                 assert not found, "\n".join(map(str, found))
+            if host.is_attached and host.syncing is None:
+                assert not (unfit := host.sums_that_do_not_fit()), unfit
             if host.is_attached and host.line is not None:
                 self._check_attached(host)
 

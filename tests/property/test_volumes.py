@@ -106,6 +106,10 @@ class VolumeMachine(RuleBasedStateMachine):
     def end_epoch(self) -> None:
         self.world.end_epoch()
 
+    @rule(passes=st.integers(1, 2))
+    def settle(self, passes: int) -> None:
+        self.world.settle(passes)
+
     @rule()
     def evict(self) -> None:
         self.world.evict()

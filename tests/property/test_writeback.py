@@ -199,6 +199,13 @@ class WriteBackMachine(RuleBasedStateMachine):
 
         self.world.run(do())
 
+    @rule(which=which, passes=st.integers(1, 2))
+    def settle(self, which: int, passes: int) -> None:
+        async def do() -> None:
+            await (await self.user(which)).settle(passes)
+
+        self.world.run(do())
+
     @rule(which=which)
     def evict_and_read_all(self, which: int) -> None:
         async def do() -> None:

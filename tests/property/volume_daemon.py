@@ -119,7 +119,9 @@ class VolumeDaemon:
             self.engine, self.base, volume=self.volume, queue_depth=queue_depth, hot_bytes=hot_bytes
         )
         config: Any = SimpleNamespace(
-            cache=SimpleNamespace(free_low_percent=0.0, free_high_percent=0.0, commit_interval=3600.0),
+            cache=SimpleNamespace(
+                free_low_percent=0.0, free_high_percent=0.0, commit_interval=3600.0, checksum_after=3600.0
+            ),
             daemon=SimpleNamespace(watchdog=0.0),
         )
         fills: Any = self.misses
@@ -178,7 +180,7 @@ class VolumeDaemon:
         def look() -> None:
             self.upkeep._on_events()
             idle = self.engine.stats()["fills"] == 0 and not self.upkeep._evicting_slots
-            quiet.append(idle and (cycle_held or len(self.upkeep._tasks) == 1))  # the timer's
+            quiet.append(idle and (cycle_held or len(self.upkeep._tasks) == 2))  # the timer's, the sums'
 
         while not quiet or not quiet[-1]:
             assert time.monotonic() < deadline, f"it does not come to rest: {self.engine.stats()}"

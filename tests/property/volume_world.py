@@ -36,7 +36,9 @@ from tierblk.cache.invariants import (
     check_index,
     check_session,
 )
+from tierblk.cache.pagecheck import bad_pages
 from tierblk.cache.rows import Entry, entries_of
+from tierblk.cache.summed import bits_for, has_bit
 from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, EVICT, PAGE_BYTES, Record
 from tierblk.errors import CacheError
 
@@ -340,6 +342,14 @@ class VolumeWorld:
 
     # -- epochs ---
 
+    def settle(self, passes: int) -> None:
+        """Who makes checksums behind the writes passes so often; two give all of them theirs."""
+        for _ in range(passes):
+            turn = self.daemon.run(self.daemon.cache.settler.turn(10**6))
+            assert turn.ended
+        if passes > 1 and self.sealed is None:
+            assert self.daemon.volume.unsummed_blocks() == 0
+
     def seal(self) -> None:
         if self.sealed is None:
             self.sealed_pages = self._dirty_pages()
@@ -376,10 +386,14 @@ class VolumeWorld:
     def stop(self) -> None:
         self.let_go()
         self.end_epoch()
-        self.daemon.stop(clean=not self.refused)
-        if not self.refused:
+        self.daemon.quiet(cycle_held=False)
+        unsummed = self.daemon.volume.unsummed_blocks()
+        clean = not self.refused
+        self.daemon.stop(clean=clean)
+        if clean:
             self.cut = list(self.now)
         self._begin()
+        assert not clean or self.daemon.volume.unsummed_blocks() == unsummed, "sums outlive an end in order"
 
     def crash(self, *, kill: bool, seed: int = 0, ops: Sequence[Op] = ()) -> None:
         """Kill or power cut, in the middle of the operations; then a new daemon, and all of it read."""
@@ -406,6 +420,7 @@ class VolumeWorld:
         self._begin()
         if not kill:
             self.cut = list(self.now)
+            assert not self._summed(), "what a power cut left may be older or newer than its sums"
 
     def _begin(self) -> None:
         self.refused = False
@@ -458,7 +473,27 @@ class VolumeWorld:
             found += daemon.check()
             if not any(layer.changed() for layer in daemon.engine.layers.values()):
                 found += check_committed(index, live)
+        found += self._sums()
         found += check_session(read_superblock(self.host.directory), meta.session, meta.clean, running=True)
+        return found
+
+    def _summed(self) -> list[tuple[int, Entry]]:
+        """Blocks of the volume whose dirty pages have sums, as the core says."""
+        bits = bits_for(self.slots + 1)
+        self.daemon.volume.save_summed(bits)
+        rows = {row: self.daemon.volume.peek_row(row) for row in range(self.daemon.volume.rows)}
+        numbered = _numbered(LayerRows(self.daemon.volume.layer_id, "local", DEVICE_BYTES, rows))
+        return [(block, entry) for block, entry in numbered if has_bit(bytes(bits), entry.slot)]
+
+    def _sums(self) -> list[Violation]:
+        """R9: they are of the bytes that are in the slots."""
+        found = []
+        slots, sums = (self.host.content(name) for name in ("slots", "sums"))
+        for block, entry in self._summed():
+            data = memoryview(slots)[entry.slot * BLOCK_BYTES : (entry.slot + 1) * BLOCK_BYTES]
+            kept = sums[entry.slot * 64 : (entry.slot + 1) * 64]
+            if bad := bad_pages(data, kept, entry.dirty & entry.cached):
+                found.append(Violation("R9", self.daemon.volume.layer_id, block, f"sums of pages {bad:#x}"))
         return found
 
     def _with_journal(self, index: list[LayerRows]) -> list[LayerRows]:

@@ -10,7 +10,7 @@ from tierblk.cache.rows import ENTRIES_BYTES, Entry, cached_pages, entries_of, p
 from tierblk.core import ENTRIES_PER_ROW, ROW_BYTES
 
 MASK = st.integers(0, 0xFFFF)
-ENTRY = st.builds(Entry, st.integers(0, 2**32 - 1), MASK, MASK, MASK, MASK)
+ENTRY = st.builds(Entry, st.integers(0, 2**32 - 1), MASK, MASK, MASK, MASK, st.just(0))
 
 
 @given(st.lists(ENTRY, max_size=ENTRIES_PER_ROW))

@@ -299,7 +299,7 @@ def test_one_fault_is_one_sentence(table: str, key: str, value: object, sentence
 def test_an_unknown_key_stays_on_one_line() -> None:
     assert faults(with_("cache", **{"a\nb": 1})) == [
         r'cache."a\nb": unknown key '
-        "(known here: commit_interval, dir, free_high_percent, free_low_percent, size)"
+        "(known here: checksum_after, commit_interval, dir, free_high_percent, free_low_percent, size)"
     ]
 
 

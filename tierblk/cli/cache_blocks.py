@@ -11,7 +11,7 @@ Each page is a letter, the first page leftmost:
 
 Behind the pages, while block maps are there: r used since the eviction hand passed, n not yet used twice,
 s sealed for an upload. With --sums a line for each cached page: the kept crc32c, and whether the bytes fit;
-the exit code is 6 when a clean page does not. Dirty pages have no checksum.
+the exit code is 6 when one does not. Dirty pages have one when nobody has written to their block for a while.
 
 With --json: {"layers": [{"layer_id", "kind", "name", "url", "has_map", "blocks": [{"block", "offset_bytes",
 "length_bytes", "slot", "present", "cached", "zero", "dirty", "marks", "sums"}], "bad_rows"}]}; a mask is 16
@@ -54,7 +54,7 @@ LETTERS = {
 
 
 PageSums = tuple[tuple[int, int | None, bool | None], ...]
-"""(page, kept, whether the bytes fit); kept and fits are None of a dirty page."""
+"""(page, kept, whether the bytes fit); kept and fits are None of a dirty page that has no sum yet."""
 
 
 class Line(NamedTuple):
@@ -136,7 +136,7 @@ def _sums(view: View, layer: LayerView, block: int) -> tuple[Entry, PageSums]:
         raise CacheError(f"block {block} changes faster than it can be read", "try again")
     return found.entry, tuple(
         (page, None, None)
-        if found.entry.dirty >> page & 1
+        if not found.entry.checkable >> page & 1
         else (page, found.kept[page], not found.bad >> page & 1)
         for page in range(PAGES_PER_BLOCK)
         if found.entry.cached >> page & 1
@@ -144,7 +144,7 @@ def _sums(view: View, layer: LayerView, block: int) -> tuple[Entry, PageSums]:
 
 
 def _letters(entry: Entry) -> str:
-    _, present, cached, zero, dirty = entry
+    _, present, cached, zero, dirty, _ = entry
     return "".join(
         LETTERS.get((present >> page & 1, cached >> page & 1, zero >> page & 1, dirty >> page & 1), "!")
         for page in range(PAGES_PER_BLOCK)
@@ -182,13 +182,13 @@ def _put_line(layer: LayerView, line: Line) -> None:
     letters = _letters(line.entry)
     masks = ""
     if "!" in letters:
-        named = zip(("present", "cached", "zero", "dirty"), line.entry[1:], strict=True)
+        named = zip(("present", "cached", "zero", "dirty"), line.entry[1:5], strict=True)
         masks = "".join(f"  {name} {mask:#06x}" for name, mask in named)
     slot = str(line.entry.slot) if line.entry.slot else "-"
     put_line(f"{line.first:>10}  {where:<31}  {slot:>9}  {letters}  {line.marks}{masks}".rstrip())
     for page, kept, fits in line.sums:
         if kept is None:
-            put_line(f"{'':>10}  page {page:<2}  dirty: no checksum is kept")
+            put_line(f"{'':>10}  page {page:<2}  dirty: no checksum yet")
         else:
             put_line(f"{'':>10}  page {page:<2}  crc32c {kept:08x}  {'fits' if fits else 'DOES NOT FIT'}")
 
@@ -226,7 +226,7 @@ def _put_json(layers: Layers, wanted: Extent) -> bool:
 def _document(layer: LayerView, line: Line) -> dict[str, Any]:
     assert line.entry is not None
     extent = block_extent(line.first, layer.record.size_bytes)
-    slot, present, cached, zero, dirty = line.entry
+    slot, present, cached, zero, dirty, _ = line.entry
     document: dict[str, Any] = {
         "block": line.first,
         "offset_bytes": extent.offset,

@@ -4,8 +4,8 @@ or without one, so also for what another host has taken over; NAME: a device tha
 What is cached is read from the cache directory and checked, the rest is fetched. Of a device that is in use
 the file has what was there when each piece was read: detach it, or freeze its filesystems, for one moment's
 content. FILE "-" writes to a pipe. With --json: {"path", "format", "size_bytes", "data_bytes",
-"cached_bytes", "fetched_bytes", "bad_pages", "holes": [{"offset_bytes", "length_bytes"}]}; a device that is
-attached is read through its daemon, and the three numbers in the middle are 0.
+"cached_bytes", "fetched_bytes", "bad_pages", "damaged_pages": [offset in bytes], "holes": [{"offset_bytes",
+"length_bytes"}]}; a device that is attached is read through its daemon, and then only the sizes are known.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tierblk.cli import orphans
 from tierblk.cli.arguments import add_cache_dir, add_json, add_timeout
 from tierblk.cli.output import plain, put_json, say, warn
 from tierblk.errors import DaemonError, DeviceError, TierblkError
+from tierblk.extent import PAGE_BYTES
 from tierblk.units import format_size
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ def _say(found: dict[str, Any]) -> None:
         warn(
             f"{found['bad_pages']} cached pages were bad and were fetched: `tierblk cache verify` names them"
         )
+    if damaged := found["damaged_pages"]:
+        warn(
+            f"{len(damaged)} pages are not what was written, and nobody else has them: the file has them as "
+            f"they are here, the first at {damaged[0]:#x}"
+        )
 
 
 async def _export(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
@@ -108,6 +114,7 @@ async def _export(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         "cached_bytes": tally.cached_bytes,
         "fetched_bytes": tally.fetched_bytes,
         "bad_pages": tally.bad_pages,
+        "damaged_pages": [page * PAGE_BYTES for page in sorted(tally.damaged)],
         "holes": [{"offset_bytes": offset, "length_bytes": length} for offset, length in sorted(tally.holes)],
     }
 

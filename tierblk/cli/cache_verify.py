@@ -1,12 +1,13 @@
 """Checks a cache directory, beside a daemon too: its superblock, its index or block maps, who has which slot,
-and the checksum of every clean page. Changes nothing; exit code 6 when something is wrong. Ctrl-C ends it
-with what was found so far, and exit code 130.
+and every checksum. Changes nothing; exit code 6 when something is wrong. Ctrl-C ends it with what was found
+so far, and exit code 130.
 
 With --repair bad clean pages are fetched anew, where they came from, and nothing else is touched; a config
-file as TARGET says how that is reached. Exit code 0 when nothing is wrong any more.
+file as TARGET says how that is reached. Exit code 0 when nothing is wrong any more. A bad page that nobody
+else has is named and left as it is.
 
-What was written and not uploaded has no checksum: of dirty pages only masks and slots are checked, and their
-blocks are counted.
+What was written gets checksums when nobody has written to its block for a while (cache.checksum_after), and
+loses them at a power cut: until then only masks and slots are checked, and such blocks are counted.
 
 With --json: {"ok", "complete", "state", "clean", "session", "slots", "checked_slots", "unsettled_blocks",
 "bad_superblocks", "layers": [{"layer_id", "kind", "name", "url", "size_bytes", "cached_bytes", "dirty_bytes",
@@ -39,7 +40,6 @@ NAME = "verify"
 HELP = "check every invariant and every checksum"
 SHOWN_MAX = 50
 INTERRUPTED = 130
-ALL = 0xFFFF
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +57,11 @@ def run(args: argparse.Namespace) -> int:
     directory = resolve(args.target, args.timeout_s).directory
     with _bar() as progress:
         found = verify(directory, run_root(), progress)
-    every = (bad for layer in found.layers for bad in layer.bad)
-    todo = [(bad.layer.record.layer_id, bad.block, bad.pages or ALL) for bad in every]
     repaired = None
-    if args.repair and todo and found.complete:
+    if args.repair and found.complete and any(layer.bad for layer in found.layers):
         from tierblk.cli.repairing import repair
 
-        repaired = repair(args, directory, todo)
+        repaired = repair(args, directory, [bad for layer in found.layers for bad in layer.bad])
     if args.json:
         done = repaired and repaired.to_dict()
         put_json({**_document(found), "repaired": done})

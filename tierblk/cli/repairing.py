@@ -20,17 +20,33 @@ from tierblk.rundir import run_root
 
 if TYPE_CHECKING:
     from tierblk.cache import LayerRecord
+    from tierblk.cache.pagecheck import Bad
     from tierblk.config import Config
     from tierblk.repair import Repaired, Todo
 
 PAGES_AT_ONCE = 4096
+ALL = 0xFFFF
 
 
-def repair(args: argparse.Namespace, directory: Path, bad: list[Todo]) -> Repaired:
+def repair(args: argparse.Namespace, directory: Path, found: list[Bad]) -> Repaired:
     """What came of it. TierblkError: nothing did."""
+    every = [(each.layer.record.layer_id, each.block, each.pages or ALL, each.dirty) for each in found]
+    todo = [(layer_id, block, pages & ~dirty) for layer_id, block, pages, dirty in every if pages & ~dirty]
+    repaired = _repair(args, directory, todo)
+    for layer_id, block, _, dirty in every:
+        if dirty:
+            reason = "what nobody else has cannot be fetched anew: it is left as it is, and reads as that"
+            repaired.leave((layer_id, block, dirty), reason)
+    return repaired
+
+
+def _repair(args: argparse.Namespace, directory: Path, bad: list[Todo]) -> Repaired:
     from tierblk.cache import look
+    from tierblk.repair import Repaired
     from tierblk.repair import repair as repair_here
 
+    if not bad:
+        return Repaired()
     with look(directory, run_root(), lenient=True) as view:
         daemon, records = daemon_of(view, args.timeout_s), view.records
     with _bar(sum(mask.bit_count() for _, _, mask in bad)) as progress:

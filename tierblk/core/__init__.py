@@ -395,6 +395,34 @@ class Layer:
         mask = check(lib.tb_layer_page_sums(self.handle, block, sums), "block")
         return mask, tuple(int(value) for value in sums)
 
+    def find_unsummed(self, first_block: int, map_pages: int, most: int) -> tuple[list[int], int | None]:
+        """Goes over so many pages of the map and meets the blocks whose dirty pages have no sums: ([those
+        that nobody has written to since they were met the last time, at most `most`], the block to go on
+        from, None at the end)."""
+        at, out = ffi.new("uint64_t *", first_block), ffi.new("uint64_t[]", most)
+        count = lib.tb_sums_find(self.handle, at, map_pages, out, most)
+        left = int(at[0])
+        return [int(out[i]) for i in range(count)], left if left < self.blocks else None
+
+    def make_sums(self, block: int, memory: memoryview) -> bool:
+        """Reads the dirty pages of a block that was found and keeps their sums; False: somebody is at it.
+        memory: one block, page-aligned. From any thread, it blocks; not beside `clear`. OSError: the disk's.
+        """
+        buffer = ffi.from_buffer("uint8_t[]", memory, require_writable=True)
+        return bool(check(lib.tb_sums_make(self.handle, block, buffer), f"block {block}"))
+
+    def save_summed(self, bits: bytearray) -> None:
+        """Sets the bits, one a slot, of those whose dirty pages all have their sums. No door is open."""
+        lib.tb_sums_save(self.handle, ffi.from_buffer("uint8_t[]", bits, require_writable=True))
+
+    def load_summed(self, bits: bytes) -> None:
+        """The same again behind a clean end, before a door is opened."""
+        lib.tb_sums_load(self.handle, ffi.from_buffer("uint8_t[]", bits), 8 * len(bits))
+
+    def unsummed_blocks(self) -> int:
+        """How many blocks have dirty pages without sums."""
+        return int(lib.tb_sums_lacking(self.handle))
+
     def drop(self, block: int, pages: int = 0xFFFF) -> int | None:
         """Those pages of a block that are cached, clean, and somebody else's too are not cached any more: how
         many they were, or None when the block is in use at the moment. Their slots wait for a commit."""

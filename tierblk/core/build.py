@@ -24,6 +24,7 @@ SOURCES = [
     "giveway.c",
     "epoch.c",
     "move.c",
+    "sums.c",
     "far.c",
     "hot.c",
     "fill.c",

@@ -121,6 +121,9 @@ bool tb_epoch_touch(tb_layer *layer, uint64_t block, tb_entry *entry, tb_head *h
 void tb_epoch_freshen(const tb_layer *layer, tb_head *head, uint16_t pages);
 void tb_epoch_pin(tb_layer *layer, uint32_t slot);
 
+/* sums.c */
+int tb_sums_write(const tb_engine *engine, uint32_t slot, uint16_t pages, const uint32_t *sums);
+
 /* far.c */
 void tb_flush_by_epoch(tb_req *req);
 void tb_far_leave(tb_engine *engine);

@@ -49,6 +49,7 @@ static bool clear_block(tb_req *req, uint16_t pages)
     head.zero = (head.zero & (uint16_t)~absent) | zero;
     head.dirty = (head.dirty & (uint16_t)~absent) | zero;
     head.cached &= (uint16_t)~pages;
+    head.flags &= (uint16_t)~TB_ENTRY_STILL; /* sums that are being made are not those of its dirty pages any more */
     tb_epoch_freshen(volume, &head, pages);
     entry->overtaken |= pages;
     uint32_t dropped = tb_entry_drop_slot(volume, entry, &head);

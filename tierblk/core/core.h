@@ -45,6 +45,11 @@
 #define TB_ENTRY_SEALED 8u     /* its slot holds bytes of the sealed epoch: a write moves it first (R11) */
 #define TB_ENTRY_MOVING 16u    /* a write does so: all others wait */
 #define TB_ENTRY_PINNED 32u    /* never evicted */
+#define TB_ENTRY_STILL 64u     /* lacks sums, and nobody has written to it since it was met (sums.c) */
+/* And one that the next session believes, if it finds the map: */
+#define TB_ENTRY_SUMMED 128u /* its dirty pages have their sums (sums.c) */
+
+#define TB_SUMS (TB_ENTRY_STILL | TB_ENTRY_SUMMED)
 
 /* The half of an entry that must change as one: slot, masks, flags (R1). */
 typedef union {
@@ -91,7 +96,7 @@ struct tb_layer {
     uint8_t *map;
     size_t map_bytes, ready_bytes;
     uint64_t blocks, rows, size_bytes;
-    uint64_t cached_pages, dirty_pages;
+    uint64_t cached_pages, dirty_pages, unsummed; /* the last: blocks whose dirty pages have no sums */
     uint64_t round; /* of the journal: the last one in which its rows were taken, under the journal's lock */
     tb_sealed *saved; /* of the sealed epoch, see epoch.c: what its blocks were, each once */
     uint32_t *pinned; /* and slots that only it has */
@@ -306,6 +311,7 @@ struct tb_engine {
     bool loaded;
 
     int sums_fd;
+    pthread_mutex_t sums_lock; /* of those who write sums of volumes' pages, but for fills; see sums.c */
     uint8_t *staging;
     uint64_t staging_bytes;
 
@@ -423,6 +429,12 @@ static inline bool tb_head_holds(tb_head head)
     return head.slot && head.dirty & head.cached;
 }
 
+/* It has dirty pages in its slot, and not their sums. */
+static inline bool tb_head_lacks_sums(tb_head head)
+{
+    return head.dirty & head.cached && !(head.flags & TB_ENTRY_SUMMED);
+}
+
 /* Under the stripe lock: the same, counted. */
 static inline void tb_entry_change(tb_layer *layer, tb_entry *entry, tb_head head)
 {
@@ -437,6 +449,9 @@ static inline void tb_entry_change(tb_layer *layer, tb_entry *entry, tb_head hea
         TB_ADD(&layer->cached_pages, (uint64_t)(int64_t)cached);
     if (dirty)
         TB_ADD(&layer->dirty_pages, (uint64_t)(int64_t)dirty);
+    int unsummed = (int)tb_head_lacks_sums(head) - (int)tb_head_lacks_sums(entry->head);
+    if (unsummed)
+        TB_ADD(&layer->unsummed, (uint64_t)(int64_t)unsummed);
     tb_entry_store(entry, head);
 }
 

@@ -43,6 +43,7 @@ int tb_engine_new(int slots_fd, uint32_t slot_count, int sums_fd, uint64_t stagi
     e->dio_align = dio_align;
     e->staging_bytes = staging_bytes;
     e->sums_fd = sums_fd;
+    pthread_mutex_init(&e->sums_lock, NULL);
     e->staging = mmap(NULL, staging_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int rc = e->staging == MAP_FAILED ? -ENOMEM : tb_slots_init(e);
     rc = rc ? rc : tb_fills_init(e);

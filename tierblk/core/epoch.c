@@ -172,13 +172,11 @@ int tb_epoch_read(tb_layer *layer, const tb_sealed *items, uint32_t count, uint8
  * written is one that does not fit, and costs a refetch. */
 static void keep_sums(const tb_engine *e, uint32_t slot, uint16_t pages, uint16_t all, const uint32_t *sums)
 {
-    for (unsigned page = 0, at = 0; page < TB_BLOCK_PAGES; page++) {
-        if (pages >> page & 1) {
-            ssize_t written = pwrite(e->sums_fd, &sums[at], sizeof *sums, (off_t)slot * 64 + (off_t)page * (off_t)sizeof *sums);
-            (void)written;
-        }
-        at += all >> page & 1;
-    }
+    uint32_t placed[TB_BLOCK_PAGES];
+    for (unsigned page = 0; page < TB_BLOCK_PAGES; page++)
+        if (all >> page & 1)
+            placed[page] = *sums++;
+    (void)tb_sums_write(e, slot, pages, placed);
 }
 
 /* Event loop, after the record exists and its extents are known (R13): these pages of these blocks are in the store, as long as nobody
@@ -191,6 +189,7 @@ void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count, con
             continue;
         tb_entry *entry = &layer->entries[items[i].block];
         tb_lock *stripe = tb_stripe(layer, items[i].block);
+        pthread_mutex_lock(&layer->engine->sums_lock); /* see tb_sums_make */
         tb_lock_take(stripe);
         uint32_t slot = entry->head.slot;
         uint16_t same = items[i].dirty & (uint16_t)~entry->head.fresh;
@@ -215,6 +214,7 @@ void tb_epoch_clean(tb_layer *layer, const tb_sealed *items, uint32_t count, con
             tb_slot_quarantine(layer->engine, dropped);
         tb_req *awake = sums_first && head.flags & TB_ENTRY_MOVING && !entry->readers ? tb_waiters_in(layer, items[i].block) : NULL;
         tb_lock_give(stripe);
+        pthread_mutex_unlock(&layer->engine->sums_lock);
         tb_hand_back_all(awake, 0);
     }
 }

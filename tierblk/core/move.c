@@ -92,8 +92,8 @@ static void switch_over(tb_req *req, tb_entry *entry, tb_lock *stripe)
     uint32_t left = head.slot;
     tb_slot_own(volume->engine, req->move_to, volume, req->block);
     head.slot = req->move_to;
-    head.flags &= (uint16_t)~(TB_ENTRY_MOVING | TB_ENTRY_SEALED);
-    tb_entry_store(entry, head);
+    head.flags &= (uint16_t)~(TB_ENTRY_MOVING | TB_ENTRY_SEALED | TB_SUMS);
+    tb_entry_change(volume, entry, head);
     tb_map_mark(volume, req->block);
     if (volume->sealing)
         tb_epoch_pin(volume, left);

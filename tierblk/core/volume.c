@@ -298,6 +298,7 @@ void tb_write_lookup(tb_req *req)
     /* R3: dirty when it is submitted, since the page may be half of what it was from then on. */
     req->clean = pages & head.cached & (uint16_t)~head.dirty;
     head.dirty |= req->clean;
+    head.flags &= (uint16_t)~TB_SUMS; /* before a byte of the slot is another one */
     tb_epoch_freshen(volume, &head, pages);
     entry->writers++;
     entry->overtaken |= pages; /* a fill that runs leaves them alone (R5) */

@@ -244,25 +244,6 @@ void tb_write_flush(tb_engine *e, uint32_t age_ms)
             close_run(e, &e->runs[i]);
 }
 
-/* I5: the sums are in the file before the entry says cached, so the commit that names the pages syncs them. */
-static int write_sums(tb_engine *e, const tb_fill *fill)
-{
-    uint16_t mask = fill->writing;
-    while (mask) {
-        uint32_t first = (uint32_t)__builtin_ctz(mask);
-        uint32_t pages = (uint32_t)__builtin_ctz(~((uint32_t)mask >> first));
-        mask &= (uint16_t)~(((1u << pages) - 1) << first);
-        ssize_t bytes = (ssize_t)(pages * sizeof *fill->sums);
-        ssize_t written;
-        do
-            written = pwrite(e->sums_fd, fill->sums + first, (size_t)bytes, (off_t)fill->slot * 64 + first * (off_t)sizeof *fill->sums);
-        while (written < 0 && errno == EINTR);
-        if (written != bytes)
-            return written < 0 ? -errno : -EIO;
-    }
-    return 0;
-}
-
 /* One bad place is condemned. When write after write fails it is the disk, or its filesystem is full or read-only: the
  * places are not to blame, and it is tried again after a pause that doubles up to half a minute. */
 static void write_failed(tb_engine *e, tb_fill *fill)
@@ -291,7 +272,7 @@ static void written(tb_engine *e, tb_fill *fill)
     e->unwritten--;
     e->oldest_write_ms = fill->ready_ms; /* they end about in the order in which they were ready */
     if (fill->result == 0)
-        fill->result = write_sums(e, fill);
+        fill->result = tb_sums_write(e, fill->slot, fill->writing, fill->sums); /* I5: before the entry says cached */
     if (fill->result) {
         write_failed(e, fill);
         return;
