@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.vm.guest.device_rig import MIB
-from tests.vm.guest.helpers import Tierblk, WebServer, run
+from tests.vm.guest.helpers import Tierblk, WebServer, run, wait_until
 from tests.vm.guest.test_device_writes import Direct
 
 BLOCK = 65536
@@ -82,6 +83,76 @@ def test_flipped_bits_are_repaired_beside_the_daemon(
     assert direct.read(0, 16 * MIB) == content
     direct.close()
     tierblk.run("detach", "flipped")
+
+
+def flip(slots: Path, places: list[int]) -> None:
+    """A bit at each of these offsets."""
+    descriptor = os.open(slots, os.O_RDWR)
+    for at in places:
+        os.pwrite(descriptor, bytes([os.pread(descriptor, 1, at)[0] ^ 16]), at)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def verified(tierblk: Tierblk, name: str) -> Any:
+    done = tierblk.run("cache", "verify", name, "--json", check=False)
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found["ok"] else 6)
+    return found
+
+
+def unchecked(tierblk: Tierblk, name: str) -> int:
+    found = verified(tierblk, name)
+    assert found["ok"], found["violations"]
+    return sum(layer["unchecked_blocks"] for layer in found["layers"])
+
+
+def test_a_flipped_page_that_nobody_else_has_is_named(
+    scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
+) -> None:
+    """Beside its daemon, and never a page that is only being written."""
+    image, chance = make_image("alone.raw", 8 * MIB, seed=507), random.Random(508)
+    keys: dict[str, Any] = {"volume__mode": "local", "cache__checksum_after": "300ms"}
+    config = tierblk.config("alone", web.url_of(image), scratch / "c", "32MiB", **keys)
+    device = tierblk.attach(config)
+    direct = Direct(device)
+    direct.write(0, chance.randbytes(2 * MIB))
+    direct.write(5 * MIB, chance.randbytes(MIB))
+    wait_until(lambda: unchecked(tierblk, "alone") == 0, 30, "no checksums are made")
+    blocks = said(tierblk, "blocks", "alone", "all", "--layer", "volume")["layers"][0]["blocks"]
+    chosen = chance.sample(blocks, 10)
+    flip(scratch / "c" / "slots", [block["slot"] * BLOCK + 5 * 4096 + 7 for block in chosen])
+    named = {(block["block"], f"page 5 in slot {block['slot']}") for block in chosen}
+    for words in ((), ("--repair",)):
+        done = tierblk.run("cache", "verify", "alone", "--json", *words, check=False)
+        found = json.loads(done.stdout)
+        assert done.returncode == 6
+        texts = {(each["block"], each["text"].split(" is not")[0]) for each in found["violations"]}
+        assert texts == named
+        assert all("nobody else has it" in each["text"] for each in found["violations"])
+    assert found["repaired"]["left_pages"] == 10
+    for block in chosen:
+        direct.write(block["block"] * BLOCK + 5 * 4096, chance.randbytes(4096))
+    unchecked(tierblk, "alone")  # they are other pages now
+    stopping = threading.Event()
+
+    def writing() -> None:
+        busy = random.Random(509)
+        while not stopping.is_set():
+            direct.write(busy.randrange(48) * BLOCK + busy.randrange(16) * 4096, busy.randbytes(4096))
+            stopping.wait(0.002)
+
+    writer = threading.Thread(target=writing)
+    writer.start()
+    try:
+        for _ in range(5):
+            unchecked(tierblk, "alone")
+    finally:
+        stopping.set()
+        writer.join()
+    wait_until(lambda: unchecked(tierblk, "alone") == 0, 30, "no checksums are made")
+    direct.close()
+    tierblk.run("detach", "alone")
 
 
 def test_a_file_is_warmed_by_its_path(
