@@ -17,12 +17,11 @@ from tests.property.far_front import Front
 from tests.property.far_model import Cut, Line
 from tests.property.gate import Gate
 from tests.property.host import Host
+from tests.property.written_sums import that_do_not_fit
 from tierblk import standing as standings
 from tierblk.cache import Cache
 from tierblk.cache.directory import JOURNAL
-from tierblk.cache.pagecheck import bad_pages
 from tierblk.cache.rows import entries_of
-from tierblk.cache.summed import bits_for, has_bit
 from tierblk.claim import Wishes
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, PAGE_BYTES, PAGES_PER_BLOCK, Layer, Sealed
@@ -183,19 +182,9 @@ class FarHost:
             assert (await self.rig.cache.settler.turn(10**6)).ended
 
     def sums_that_do_not_fit(self) -> list[str]:
-        """R9: of clean pages, and of dirty ones that have any, they are of what is in the slots."""
-        layer, found = self.far.layer, []
+        """R9."""
         assert self.rig is not None
-        bits = bits_for(self.rig.cache.engine.slot_count)
-        layer.save_summed(bits)
-        slots, sums = (self.disk.content(name) for name in ("slots", "sums"))
-        for row in range(layer.rows):
-            for block, entry in enumerate(entries_of(layer.peek_row(row)), row * ENTRIES_PER_ROW):
-                pages = entry.cached if has_bit(bytes(bits), entry.slot) else entry.cached & ~entry.dirty
-                data = memoryview(slots)[entry.slot * BLOCK_BYTES : (entry.slot + 1) * BLOCK_BYTES]
-                if bad := bad_pages(data, sums[entry.slot * 64 : (entry.slot + 1) * 64], pages):
-                    found.append(f"R9: sums of pages {bad:#x} of block {block}")
-        return found
+        return that_do_not_fit(self.rig.cache.engine, self.far.layer, self.disk)
 
     def pages(self) -> tuple[set[int], dict[int, bytes]]:
         """Pages that are present in the volume, and the bytes of those that are here and clean."""

@@ -16,7 +16,7 @@ from tierblk.core.tally import Share, Tally
 MAP_ENTRY_BYTES = 32
 REFERENCED = 1
 MASKS = st.one_of(st.sampled_from([0, 0xFFFF]), st.integers(0, 0xFFFF))
-ENTRIES = st.builds(Entry, st.integers(0, 2**32 - 1), MASKS, MASKS, MASKS, MASKS)
+ENTRIES = st.builds(Entry, st.integers(0, 2**32 - 1), MASKS, MASKS, MASKS, MASKS, st.just(0))
 FLAGS = st.integers(0, 31)
 
 
@@ -32,8 +32,10 @@ class Layer:
     @property
     def packed(self) -> memoryview:
         if self.stride == ROW_ENTRY_BYTES:
-            return memoryview(b"".join(struct.pack("<IHHHH", *entry) for entry, _ in self.entries))
-        packed = (struct.pack("<IHHHHHH16s", *e, 0xABCD, flags, b"\xff" * 16) for e, flags in self.entries)
+            return memoryview(b"".join(struct.pack("<IHHHH", *entry[:5]) for entry, _ in self.entries))
+        packed = (
+            struct.pack("<IHHHHHH16s", *e[:5], 0xABCD, flags, b"\xff" * 16) for e, flags in self.entries
+        )
         return memoryview(b"".join(packed))
 
     def at(self, page: int) -> tuple[set[str], bool]:

@@ -25,6 +25,7 @@ from tests.cache_rig import layer_rows, read_superblock
 from tests.property.daemon import begun
 from tests.property.host import Host
 from tests.property.volume_daemon import TIMEOUT_S, VolumeDaemon
+from tests.property.written_sums import entries, that_do_not_fit
 from tierblk.cache import journal
 from tierblk.cache.directory import JOURNAL
 from tierblk.cache.invariants import (
@@ -36,9 +37,7 @@ from tierblk.cache.invariants import (
     check_index,
     check_session,
 )
-from tierblk.cache.pagecheck import bad_pages
 from tierblk.cache.rows import Entry, entries_of
-from tierblk.cache.summed import bits_for, has_bit
 from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, EVICT, PAGE_BYTES, Record
 from tierblk.errors import CacheError
 
@@ -420,7 +419,10 @@ class VolumeWorld:
         self._begin()
         if not kill:
             self.cut = list(self.now)
-            assert not self._summed(), "what a power cut left may be older or newer than its sums"
+            summed = [
+                block for block, entry in entries(self.daemon.engine, self.daemon.volume) if entry.summed
+            ]
+            assert not summed, "what a power cut left may be older or newer than its sums"
 
     def _begin(self) -> None:
         self.refused = False
@@ -448,6 +450,7 @@ class VolumeWorld:
         else:
             raise AssertionError("commits without end")
         assert not found, "\n".join(map(str, found))
+        assert not (unfit := that_do_not_fit(self.daemon.engine, self.daemon.volume, self.host)), unfit
         door = self.daemon.door.stats()
         assert (door["active"], door["waiting"]) == (0, 0), f"I11: {door}"
 
@@ -473,27 +476,7 @@ class VolumeWorld:
             found += daemon.check()
             if not any(layer.changed() for layer in daemon.engine.layers.values()):
                 found += check_committed(index, live)
-        found += self._sums()
         found += check_session(read_superblock(self.host.directory), meta.session, meta.clean, running=True)
-        return found
-
-    def _summed(self) -> list[tuple[int, Entry]]:
-        """Blocks of the volume whose dirty pages have sums, as the core says."""
-        bits = bits_for(self.slots + 1)
-        self.daemon.volume.save_summed(bits)
-        rows = {row: self.daemon.volume.peek_row(row) for row in range(self.daemon.volume.rows)}
-        numbered = _numbered(LayerRows(self.daemon.volume.layer_id, "local", DEVICE_BYTES, rows))
-        return [(block, entry) for block, entry in numbered if has_bit(bytes(bits), entry.slot)]
-
-    def _sums(self) -> list[Violation]:
-        """R9: they are of the bytes that are in the slots."""
-        found = []
-        slots, sums = (self.host.content(name) for name in ("slots", "sums"))
-        for block, entry in self._summed():
-            data = memoryview(slots)[entry.slot * BLOCK_BYTES : (entry.slot + 1) * BLOCK_BYTES]
-            kept = sums[entry.slot * 64 : (entry.slot + 1) * 64]
-            if bad := bad_pages(data, kept, entry.dirty & entry.cached):
-                found.append(Violation("R9", self.daemon.volume.layer_id, block, f"sums of pages {bad:#x}"))
         return found
 
     def _with_journal(self, index: list[LayerRows]) -> list[LayerRows]:
