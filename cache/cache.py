@@ -417,7 +417,7 @@ class Cache:
 
     def _shut(self, clean: bool) -> None:
         """Closes everything, the lock last: the engine's writes have landed when it goes (R8)."""
-        bits = self._summed() if clean else b""
+        masks = self._summed() if clean else b""
         self.engine.close()  # if it cannot, it still writes: the lock stays
         with ExitStack() as stack:
             stack.callback(self._directory.close)
@@ -425,24 +425,24 @@ class Cache:
             stack.callback(self._maps.close)
             stack.callback(os.close, self._journal_fd)
             if clean:
-                self._save_summed(bits)
+                self._save_summed(masks)
                 self._index.mark_clean(self.session)
                 self._maps.remove_all()
 
     def _summed(self) -> bytes:
-        """Which slots hold dirty pages with sums, and these are durable; b"": none. No door is open."""
-        bits = summed.bits_for(self.engine.slot_count)
+        """Which dirty pages have sums, see summed.py; b"": none. No door is open."""
+        masks = summed.room_for(self.engine.slot_count)
         for layer in self._layers.values():
-            layer.save_summed(bits)
-        return bytes(bits) if any(bits) else b""
+            layer.save_summed(masks)
+        return bytes(masks) if any(masks) else b""
 
-    def _save_summed(self, bits: bytes) -> None:
+    def _save_summed(self, masks: bytes) -> None:
         """Without it nothing is lost but these sums, so a disk that refuses it is only told."""
-        if not bits:
+        if not masks:
             return
         try:
             os.fsync(self._directory.sums_fd)
-            summed.write(self.path, self.uuid, self.session, self.engine.slot_count, bits)
+            summed.write(self.path, self.uuid, self.session, masks)
         except OSError as error:
             _log.warning("checksums of what was written are lost in %s: %s", self.path, error.strerror)
 
@@ -479,9 +479,9 @@ class Cache:
 
 def _load_summed(directory: Directory, index: Index, loaded: Loaded) -> None:
     """What the last session's end says of sums of dirty pages."""
-    if bits := summed.read(directory.path, directory.superblock.uuid, index.meta().session):
+    if masks := summed.read(directory.path, directory.superblock.uuid, index.meta().session):
         for layer in loaded.layers.values():
-            layer.load_summed(bits)
+            layer.load_summed(masks)
 
 
 def _refuse_another(known: LayerRecord, wanted: LayerRecord) -> None:

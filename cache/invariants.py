@@ -161,7 +161,7 @@ def check_bytes(
     """I5: what rows name is in the slots file. read(offset_bytes, length_bytes): of that file; sums: that
     file.
 
-    Only clean pages have a sum that counts (R9).
+    Only of clean pages (R9): which dirty ones have sums is not in rows.
     """
     violations: list[Violation] = []
     for layer in layers:

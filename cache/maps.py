@@ -34,8 +34,7 @@ _ENTRY = struct.Struct("<IHHHH")  # of the core's entry: slot, present, cached, 
 _SLOT = struct.Struct("<I28x")
 _MARKS = struct.Struct("<14xH16x")
 REFERENCED, PROBATION, SEALED = 1, 2, 8  # of the core's flags (core.h), what may be shown of them
-SUMMED = 128  # and what says of sums; a killed daemon's too
-_SHOWN = struct.Struct("<IHHHH2xH16x")  # with the flags
+_SHOWN = struct.Struct("<IHHHH14xH4x")  # with the mask of dirty pages that have sums; a killed daemon's too
 _READ_BYTES = 1 << 20
 
 _FIELDS = struct.Struct("<8sII16s16sQQ")
@@ -104,9 +103,9 @@ def entries_in_map(packed: bytes) -> list[Entry]:
             cached,
             zero,
             dirty,
-            dirty & cached if flags & SUMMED else 0,
+            dirty & cached & summed,
         )
-        for slot, present, cached, zero, dirty, flags in _SHOWN.iter_unpack(packed)
+        for slot, present, cached, zero, dirty, summed in _SHOWN.iter_unpack(packed)
     ]
 
 

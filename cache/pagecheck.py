@@ -37,14 +37,16 @@ class Place(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A block with pages that cannot be right. pages: a mask of those whose bytes do not fit their sums;
-    dirty: those of them that nobody else has; trouble: why nothing is known of the bytes, else ""."""
+    """A block that cannot be right. pages: a mask of those whose bytes do not fit their sums; trouble: why
+    nothing is known of any of its bytes, else "". clean and dirty: which of its pages that is about somebody
+    else has, and which nobody."""
 
     layer: LayerView
     block: int
     slot: int
     pages: int
-    dirty: int = 0
+    clean: int
+    dirty: int
     trouble: str = ""
 
 
@@ -107,7 +109,7 @@ class PageCheck:
                 bad = [each for part in parts for each in part.bad]
                 return Checked(len(run), bad, sum(part.unsettled for part in parts))
             place = run[0]
-            return Checked(1, [Bad(place.layer, place.block, first, 0, trouble=error.message)], 0)
+            return Checked(1, [_unreadable(place, place.entry, error)], 0)
         sum_bytes = SUM_BYTES * PAGES_PER_BLOCK
         found, unsettled = list[Bad](), 0
         for i, place in enumerate(run):
@@ -126,12 +128,17 @@ class PageCheck:
         try:
             found = settled(self._view, place.layer, place.block)
         except CacheError as error:
-            return Bad(place.layer, place.block, place.entry.slot, 0, trouble=error.message)
+            return _unreadable(place, place.entry, error)
         return _bad(place, found.entry, found.bad) if found else None
 
 
+def _unreadable(place: Place, entry: Entry, error: CacheError) -> Bad:
+    clean, dirty = entry.cached & ~entry.dirty, entry.cached & entry.dirty
+    return Bad(place.layer, place.block, entry.slot, 0, clean, dirty, error.message)
+
+
 def _bad(place: Place, entry: Entry, pages: int) -> Bad:
-    return Bad(place.layer, place.block, entry.slot, pages, pages & entry.dirty)
+    return Bad(place.layer, place.block, entry.slot, pages, pages & ~entry.dirty, pages & entry.dirty)
 
 
 class Sums(NamedTuple):

@@ -1,8 +1,9 @@
 """A cache directory looked through, beside a daemon too: every invariant that its files can show, and every
-clean page against its sum. Changes nothing.
+page that has a sum against it. Changes nothing.
 
-Only what was filled or uploaded has a sum. Of a dirty page nobody but its slot knows what it should be: it is
-counted, and what its masks and its slot's owner say is checked.
+What was filled or uploaded has one, and what was written when it has come to rest (settle.py). Of another
+dirty page nobody but its slot knows what it should be: its block is counted, and what its masks and its
+slot's owner say is checked.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class _Structure:
     def _is_still(self, layer: LayerView, block: int, entry: Entry) -> bool:
         """An entry is changed by one store, so what it says now it says at an instant; one more look costs
         nothing."""
-        return not self._live or layer.entry(block) == entry
+        return not self._live or layer.entry(block)[:5] == entry[:5]
 
     def _find_owners(self) -> None:
         """Beside a daemon most of these slots have changed hands between the looks at two blocks."""

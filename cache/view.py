@@ -102,10 +102,10 @@ class LayerView:
         map_fd: int | None,
         index: Index | None,
         replayed: dict[int, bytes] | None,
-        summed_slots: bytes = b"",
+        summed_pages: bytes = b"",
     ) -> None:
         """One of map_fd and index is there, or nothing is cached that counts. replayed: rows that the journal
-        adds to the index; None: the last session ended in order. summed_slots: then, see summed.py."""
+        adds to the index; None: the last session ended in order. summed_pages: then, see summed.py."""
         self.record = record
         self.blocks = block_count(record.size_bytes)
         self.row_faults: dict[int, str] = {}
@@ -114,7 +114,7 @@ class LayerView:
         self._map_fd = map_fd
         self._index = index
         self._replayed = replayed
-        self._summed_slots = summed_slots if record.is_volume else b""
+        self._summed = summed_pages if record.is_volume else b""
 
     @property
     def bad_rows(self) -> list[int]:
@@ -141,11 +141,13 @@ class LayerView:
         for piece in self.pieces(first_block, end_block):
             for block, entry in enumerate(piece.entries(), piece.first_block):
                 if entry != NO_ENTRY and first_block <= block < end_block:
-                    yield block, self._with_sums(entry) if self._summed_slots else entry
+                    yield block, self._with_sums(entry) if self._summed else entry
 
     def _with_sums(self, entry: Entry) -> Entry:
-        has_sums = summed.has_bit(self._summed_slots, entry.slot)
-        return entry._replace(summed=entry.dirty & entry.cached) if has_sums else entry
+        slot, present, cached, zero, dirty, _ = entry
+        if not slot or not dirty & cached:
+            return entry
+        return Entry(slot, present, cached, zero, dirty, dirty & cached & summed.mask_of(self._summed, slot))
 
     def entry(self, block: int) -> Entry:
         """Of one block, as it is now."""
@@ -257,7 +259,7 @@ class View:
         gone = record.kind == "scratch" and self.state is State.CUT  # with the machine's uptime
         index = None if map_fd is not None or gone or self.state is State.STRANGE else files.index
         replayed = files.replayed.get(record.layer_id, {}) if self.state is State.CUT else None
-        return LayerView(record, map_fd, index, replayed, files.summed_slots)
+        return LayerView(record, map_fd, index, replayed, files.summed_pages)
 
     def volume_state(self, record: LayerRecord) -> bytes | None:
         """See Index.volume_state; as of now."""
@@ -330,7 +332,7 @@ class _Files:
         self.records: list[LayerRecord] = []
         self.maps: dict[int, int] = {}
         self.replayed: dict[int, dict[int, bytes]] = {}
-        self.summed_slots = b""
+        self.summed_pages = b""
         self.faults: list[Fault] = []
         self._path = path
         self._superblock = superblock
@@ -409,7 +411,7 @@ def _open(path: Path, run_root: Path, undo: ExitStack, *, lenient: bool) -> View
             replay = None
         files.replayed = replay.rows if replay else {}
     elif state is State.ENDED:
-        files.summed_slots = summed.read(path, superblock.uuid, meta.session)
+        files.summed_pages = summed.read(path, superblock.uuid, meta.session)
     return View(path, superblock, bad, state, meta, files)
 
 

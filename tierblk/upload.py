@@ -8,6 +8,7 @@ once, each out of one of as many buffers: memory is bounded whatever an epoch ha
 from __future__ import annotations
 
 import asyncio
+import logging
 import mmap
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from tierblk.remote import (
 )
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 OBJECT_PAGES = 4096
 INLINE_PAGES = INLINE_BYTES_MAX // PAGE_BYTES
@@ -117,7 +120,7 @@ class Uploader:
         buffer = memoryview(
             mmap.mmap(-1, pages * PAGE_BYTES)
         )  # page-aligned, and given back when it is dropped
-        _, sums = await _in_thread(self._layer.read_sealed, group.blocks, buffer)
+        sums = await _in_thread(self._read, group.blocks, buffer)
         runs = list(runs_of(group, sums))
         pieces: list[bytes | memoryview] = [buffer]
         if self._compressor is not None:
@@ -132,6 +135,20 @@ class Uploader:
             results[group.n] = (Data(group.n, length_bytes), runs, sums)
         packed.stored_bytes += length_bytes
         self.uploaded_bytes += pages * PAGE_BYTES
+
+    def _read(self, blocks: Sequence[Sealed], buffer: memoryview) -> bytes:
+        """Their dirty pages; the sums of these. What has flipped on the SSD since it was written is uploaded
+        as it is, for so does the device read, and only the log knows from then on."""
+        _, sums = self._layer.read_sealed(blocks, buffer)
+        for block, pages in self._layer.unfit(blocks, sums):
+            which = ", ".join(str(page) for page in range(PAGES_PER_BLOCK) if pages >> page & 1)
+            what = f"block {block} of layer {self._layer.layer_id}"
+            log.error(
+                "pages %s of %s are not what was written: the SSD has changed them; uploaded as is",
+                which,
+                what,
+            )
+        return sums
 
 
 async def _in_thread(function: Callable[..., T], *args: object) -> T:

@@ -17,6 +17,7 @@ from tests.far_rig import Host, config_of
 from tests.integration.test_cache_verify import flip
 from tests.integration.test_export import change, content_of, export, local, written
 from tierblk.cache import look
+from tierblk.cache.rows import entries_of
 from tierblk.cli.entry import main
 from tierblk.config import Config
 from tierblk.core import BLOCK_BYTES, PAGE_BYTES
@@ -159,6 +160,25 @@ async def test_a_flipped_dirty_page_is_named_and_left_alone(
     (at,) = json.loads(capsys.readouterr().out)["damaged_pages"]
     out = (tmp_path / "out.raw").read_bytes()
     assert [n for n in range(len(out)) if out[n] != content[n]] == [at + 7]
+
+
+async def test_a_page_that_flipped_before_its_upload_is_told(
+    tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log only, from then on: it is uploaded as the device reads it."""
+    host = await Host.start(config_of(tmp_path, f"file://{tmp_path}/store"), run_dir)
+    await host.attach()
+    await host.write(64 * PAGE_BYTES, b"dirty" * 4096)
+    while host.cache.settler.lacking:
+        await host.cache.settler.turn(1000)
+    slot = entries_of(host.far.layer.peek_row(0))[4].slot
+    flip(tmp_path / "cache" / "slots", slot * BLOCK_BYTES + 2 * PAGE_BYTES + 7)
+    await host.sync()
+    (said,) = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert said == (
+        "pages 2 of block 4 of layer 1 are not what was written: the SSD has changed them; uploaded as is"
+    )
+    await host.stop()
 
 
 async def test_a_dirty_page_that_was_just_written_is_counted(

@@ -20,11 +20,11 @@ from pathlib import Path
 from tests.cache_rig import read_superblock
 from tierblk.cache import journal
 from tierblk.cache.directory import JOURNAL
-from tierblk.cache.maps import ENTRY_BYTES, SUMMED
+from tierblk.cache.maps import ENTRY_BYTES
 from tierblk.core import MAP_HEADER_BYTES, PAGE_BYTES
 
 SECTOR_BYTES = 512
-_FLAGS_AT = 14  # in an entry of a map; the lower byte
+_SUMMED_AT = 26  # in an entry of a map, two bytes; of a base something else is there
 VOLATILE = ("slots", "sums")
 Rows = dict[int, dict[int, bytes]]
 
@@ -129,13 +129,14 @@ def _some_sectors(synced: bytes, written: bytes, dice: random.Random) -> bytes:
 
 
 def _forget_sums(old: Path, new: Path) -> None:
-    """A kill is an instant, and these copies are not: a block whose map said before its slot was copied that
-    there are sums, and says behind it that there are none, was written to in between."""
+    """A kill is an instant, and these copies are not: a page of which the map said before its slot was copied
+    that it has a sum, and says behind it that it has none, was written to in between."""
     for path in old.glob("*/maps/*.map"):
         now, copy = path.read_bytes(), new / path.relative_to(old)
         then = bytearray(copy.read_bytes())
-        for at in range(MAP_HEADER_BYTES + _FLAGS_AT, len(then), ENTRY_BYTES):
-            then[at] &= now[at] | ~SUMMED & 0xFF
+        for at in range(MAP_HEADER_BYTES + _SUMMED_AT, len(then), ENTRY_BYTES):
+            then[at] &= now[at]
+            then[at + 1] &= now[at + 1]
         copy.write_bytes(then)
 
 

@@ -47,8 +47,7 @@ DEVICE_BYTES = 13 * BLOCK_BYTES + 2 * PAGE_BYTES + 3 * SECTOR
 SECTORS = DEVICE_BYTES // SECTOR
 ORIGIN, ZERO = 0, -1
 LOOKS = 100
-RING_BYTES = 256 << 10
-"""The least that there can be: it is gone round soon."""
+RING_BYTES = 256 << 10  # the least that there can be: it is gone round soon
 _IMAGE = random.Random(11).randbytes(BASE_BYTES)
 
 
@@ -342,12 +341,10 @@ class VolumeWorld:
     # -- epochs ---
 
     def settle(self, passes: int) -> None:
-        """Who makes checksums behind the writes passes so often; two give all of them theirs."""
+        """Checksums behind the writes: two passes make all."""
         for _ in range(passes):
-            turn = self.daemon.run(self.daemon.cache.settler.turn(10**6))
-            assert turn.ended
-        if passes > 1 and self.sealed is None:
-            assert self.daemon.volume.unsummed_blocks() == 0
+            assert self.daemon.run(self.daemon.cache.settler.turn(10**6)).ended
+        assert passes == 1 or self.sealed is not None or not self.daemon.volume.unsummed_blocks()
 
     def seal(self) -> None:
         if self.sealed is None:
@@ -387,10 +384,9 @@ class VolumeWorld:
         self.end_epoch()
         self.daemon.quiet(cycle_held=False)
         unsummed = self.daemon.volume.unsummed_blocks()
-        clean = not self.refused
-        self.daemon.stop(clean=clean)
-        if clean:
+        if clean := not self.refused:
             self.cut = list(self.now)
+        self.daemon.stop(clean=clean)
         self._begin()
         assert not clean or self.daemon.volume.unsummed_blocks() == unsummed, "sums outlive an end in order"
 

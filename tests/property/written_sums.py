@@ -5,20 +5,19 @@ from __future__ import annotations
 from tests.property.host import Host
 from tierblk.cache.pagecheck import bad_pages
 from tierblk.cache.rows import Entry, entries_of
-from tierblk.cache.summed import bits_for, has_bit
+from tierblk.cache.summed import mask_of, room_for
 from tierblk.core import BLOCK_BYTES, ENTRIES_PER_ROW, Engine, Layer
 
 
 def entries(engine: Engine, volume: Layer) -> list[tuple[int, Entry]]:
     """(block, entry) of all with a slot, and with what the core says of the sums of dirty pages; while no
     call is under way."""
-    bits, found = bits_for(engine.slot_count), []
-    volume.save_summed(bits)
+    masks, found = room_for(engine.slot_count), []
+    volume.save_summed(masks)
     for row in range(volume.rows):
         for block, entry in enumerate(entries_of(volume.peek_row(row)), row * ENTRIES_PER_ROW):
             if entry.slot:
-                has_sums = has_bit(bytes(bits), entry.slot)
-                found.append((block, entry._replace(summed=entry.cached & entry.dirty if has_sums else 0)))
+                found.append((block, entry._replace(summed=mask_of(masks, entry.slot))))
     return found
 
 

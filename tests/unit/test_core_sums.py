@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.core_far_rig import BLOCKS, MAP_ENTRY, FarRig
+from tests.core_far_rig import BLOCKS, FarRig
+from tierblk.cache.summed import mask_of, room_for
 from tierblk.core import BLOCK_BYTES, MAP_HEADER_BYTES, PAGE_BYTES, crc32c
 
 A, B, NEW = (bytes([byte]) * PAGE_BYTES for byte in b"abn")
-STILL, SUMMED = 64, 128
+STILL = 64
+MAP_ENTRY = struct.Struct("<I6H10xH4x")
 RACE_S = 1.5
 
 
@@ -38,14 +41,14 @@ def fifo(tmp_path: Path) -> Iterator[FarRig]:
 
 
 def heads(rig: FarRig) -> list[tuple[int, ...]]:
-    """(slot, present, cached, zero, dirty, fresh, flags) of every block of the volume."""
+    """(slot, present, cached, zero, dirty, fresh, flags, summed) of every block of the volume."""
     packed = os.pread(rig._files[1].fileno(), BLOCKS * MAP_ENTRY.size, MAP_HEADER_BYTES)
     return list(MAP_ENTRY.iter_unpack(packed))
 
 
 def lacking(rig: FarRig) -> list[int]:
     """Blocks that have dirty pages, and not their sums."""
-    return [n for n, head in enumerate(heads(rig)) if head[2] & head[4] and not head[6] & SUMMED]
+    return [n for n, head in enumerate(heads(rig)) if head[2] & head[4] & ~head[7]]
 
 
 def find(rig: FarRig) -> list[int]:
@@ -68,6 +71,18 @@ def settle(rig: FarRig) -> None:
     for block in find(rig):
         assert make(rig, block)
     assert lacking(rig) == []
+
+
+def flip(rig: FarRig, block: int, page: int) -> None:
+    """A bit of it."""
+    at = heads(rig)[block][0] * BLOCK_BYTES + page * PAGE_BYTES + 77
+    with open(rig.slots_path, "r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 8]))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def fits(rig: FarRig, head: tuple[int, ...]) -> int:
@@ -134,7 +149,7 @@ def test_while_a_write_is_under_way_a_block_does_not_rest(fifo: FarRig) -> None:
     second = rig.write(6, B)
     rig.looked_up()
     assert find(rig) == find(rig) == []
-    assert not heads(rig)[0][6] & (STILL | SUMMED)
+    assert not heads(rig)[0][6] & STILL
     rig.land(second)
     assert (find(rig), find(rig)) == ([], [0])
 
@@ -167,7 +182,7 @@ def test_what_is_sealed_waits_for_its_upload_which_makes_them(rig: FarRig) -> No
     assert fits(rig, heads(rig)[0]) & 0b1100000 == 0b1100000
 
 
-def test_a_block_that_moved_has_none(rig: FarRig) -> None:
+def test_a_block_that_moves_takes_them_along(rig: FarRig) -> None:
     for page in (5, 6):
         rig.write(page, A).result()
     settle(rig)
@@ -177,6 +192,8 @@ def test_a_block_that_moved_has_none(rig: FarRig) -> None:
     rig.write(5, B).result()
     assert heads(rig)[0][0] != slot
     assert lacking(rig) == [0]
+    assert heads(rig)[0][7] & 0b1100000 == 1 << 6
+    assert fits(rig, heads(rig)[0]) & 1 << 6
     rig.volume.clean(blocks, rig.upload(blocks))
     rig.volume.end_epoch()
     rig.commit()
@@ -184,23 +201,61 @@ def test_a_block_that_moved_has_none(rig: FarRig) -> None:
     assert fits(rig, heads(rig)[0]) & 0b1100000 == 0b1100000
 
 
-def test_bits_of_slots(rig: FarRig) -> None:
-    for page in (5, 40, 80):
+def test_what_flipped_before_its_upload_is_told(rig: FarRig) -> None:
+    for page in (5, 6, 7, 40, 41):
         rig.write(page, A).result()
     settle(rig)
-    rig.write(40, B).result()
-    bits = bytearray(8)
-    rig.volume.save_summed(bits)
-    slots = {head[0] for head in heads(rig) if head[0] and head[6] & SUMMED}
-    assert {slot for slot in range(64) if bits[slot // 8] >> slot % 8 & 1} == slots
-    assert len(slots) == 2
+    rig.write(7, B).result()
+    rig.discard(41).result()
+    flip(rig, 0, 5)
+    flip(rig, 0, 7)  # which has no sum
+    flip(rig, 2, 8)
+    rig.volume.seal()
+    blocks = rig.collect()
+    with mmap.mmap(-1, len(blocks) * BLOCK_BYTES) as memory, memoryview(memory) as buffer:
+        count, sums = rig.volume.read_sealed(blocks, buffer)
+    assert count == 4
+    assert sorted(rig.volume.unfit(blocks, sums)) == [(0, 1 << 5), (2, 1 << 8)]
+    rig.write(5, B).result()  # moves it
+    assert rig.volume.unfit(blocks, sums) == [(2, 1 << 8)]
+    rig.volume.clean(blocks, sums)
+    rig.volume.end_epoch()
+
+
+def test_no_sum_is_made_of_bytes_that_have_one(rig: FarRig) -> None:
+    """Or what has flipped since would be right from then on."""
+    for page in (5, 6):
+        rig.write(page, A).result()
+    settle(rig)
+    flip(rig, 0, 5)
+    for page in (6, 7):
+        rig.write(page, B).result()
+    settle(rig)
+    assert heads(rig)[0][7] & 0b11100000 == 0b11100000
+    assert fits(rig, heads(rig)[0]) & 0b11100000 == 0b11000000
     rig.write(5, B).result()
-    rig.write(80, B).result()
+    settle(rig)
+    assert fits(rig, heads(rig)[0]) & 0b11100000 == 0b11100000
+
+
+def test_masks_of_slots(rig: FarRig) -> None:
+    for page in (5, 6, 40, 80):
+        rig.write(page, A).result()
+    settle(rig)
+    for page in (6, 40):
+        rig.write(page, B).result()
+    masks = room_for(64)
+    rig.volume.save_summed(masks)
+    wanted = {head[0]: head[7] & head[2] & head[4] for head in heads(rig) if head[0]}
+    assert {slot: mask_of(masks, slot) for slot in wanted} == wanted
+    assert sorted(wanted.values()) == [0, 1 << 0, 1 << 5]
+    for page in (5, 80):
+        rig.write(page, B).result()
     assert lacking(rig) == [0, 2, 5]
-    rig.volume.load_summed(bytes(bits))
-    assert lacking(rig) == [2]
+    rig.volume.load_summed(bytes(masks))
+    assert lacking(rig) == [0, 2], "page 6 of block 0 had none, page 40 neither"
     rig.volume.load_summed(b"")
-    assert lacking(rig) == [2]
+    assert lacking(rig) == [0, 2]
 
 
 def test_whoever_has_sums_has_those_of_what_is_there(rig: FarRig) -> None:
@@ -223,8 +278,8 @@ def test_whoever_has_sums_has_those_of_what_is_there(rig: FarRig) -> None:
         nonlocal checked
         while time.monotonic() < stop:
             for block, before in enumerate(heads(rig)):
-                pages = before[2] & before[4]
-                if not before[6] & SUMMED or not pages:
+                pages = before[2] & before[4] & before[7]
+                if not pages:
                     continue
                 good = fits(rig, before)
                 if heads(rig)[block] == before:

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from tierblk.repair import Repaired, Todo
 
 PAGES_AT_ONCE = 4096
-ALL = 0xFFFF
 
 
 def repair(args: argparse.Namespace, directory: Path, found: list[Bad]) -> Repaired:
     """What came of it. TierblkError: nothing did."""
-    every = [(each.layer.record.layer_id, each.block, each.pages or ALL, each.dirty) for each in found]
-    todo = [(layer_id, block, pages & ~dirty) for layer_id, block, pages, dirty in every if pages & ~dirty]
-    repaired = _repair(args, directory, todo)
-    for layer_id, block, _, dirty in every:
-        if dirty:
+    every = [(each, each.layer.record.layer_id) for each in found]
+    repaired = _repair(
+        args, directory, [(layer_id, each.block, each.clean) for each, layer_id in every if each.clean]
+    )
+    for each, layer_id in every:
+        if each.dirty:
             reason = "what nobody else has cannot be fetched anew: it is left as it is, and reads as that"
-            repaired.leave((layer_id, block, dirty), reason)
+            repaired.leave((layer_id, each.block, each.dirty), reason)
     return repaired
 
 
@@ -86,7 +86,11 @@ def _by_daemon(
             shown_by = next((d for d in devices if _shows(d, record)), None)
             for block, mask in pages:
                 if shown_by is not None:
-                    _read(daemon, str(shown_by["name"]), Extent(block * BLOCK_BYTES, BLOCK_BYTES), record)
+                    where = Extent(block * BLOCK_BYTES, BLOCK_BYTES)
+                    try:
+                        _read(daemon, str(shown_by["name"]), where, record)
+                    except TierblkError as error:  # it may be of what else is in that block
+                        done.leave((record.layer_id, block, mask), error.message)
                 progress(mask.bit_count())
     except DeadSocket:
         raise DaemonError(f"{daemon} ended while it was asked", "do it again") from None

@@ -323,6 +323,13 @@ class Layer:
         check(pages, f"sealed blocks of layer {self.layer_id}")
         return pages, bytes(ffi.buffer(sums, pages * 4))
 
+    def unfit(self, blocks: Sequence[Sealed], sums: bytes) -> list[tuple[int, int]]:
+        """(block, mask) of pages that had sums and are not what was written. sums: as `read_sealed` gave them
+        for the same blocks. From any thread; it blocks."""
+        bad, made = ffi.new("uint16_t[]", len(blocks)), ffi.from_buffer("uint32_t[]", sums)
+        lib.tb_epoch_check(self.handle, _items(blocks), len(blocks), made, bad)
+        return [(block.block, int(bad[i])) for i, block in enumerate(blocks) if bad[i]]
+
     def clean(self, blocks: Sequence[Sealed], sums: bytes | None = None) -> None:
         """They are in the store: what was not changed since is not dirty any more (I8, R13). sums: as
         `read_sealed` gave them for the same blocks; kept for what stays cached."""
@@ -411,13 +418,14 @@ class Layer:
         buffer = ffi.from_buffer("uint8_t[]", memory, require_writable=True)
         return bool(check(lib.tb_sums_make(self.handle, block, buffer), f"block {block}"))
 
-    def save_summed(self, bits: bytearray) -> None:
-        """Sets the bits, one a slot, of those whose dirty pages all have their sums. No door is open."""
-        lib.tb_sums_save(self.handle, ffi.from_buffer("uint8_t[]", bits, require_writable=True))
+    def save_summed(self, masks: bytearray) -> None:
+        """Of each of a volume's slots the mask of its dirty pages that have sums, a u16 at the slot's place;
+        masks has room for all slots. While no call is under way."""
+        lib.tb_sums_save(self.handle, ffi.from_buffer("uint16_t[]", masks, require_writable=True))
 
-    def load_summed(self, bits: bytes) -> None:
+    def load_summed(self, masks: bytes) -> None:
         """The same again behind a clean end, before a door is opened."""
-        lib.tb_sums_load(self.handle, ffi.from_buffer("uint8_t[]", bits), 8 * len(bits))
+        lib.tb_sums_load(self.handle, ffi.from_buffer("uint16_t[]", masks), len(masks) // 2)
 
     def unsummed_blocks(self) -> int:
         """How many blocks have dirty pages without sums."""

@@ -6,6 +6,7 @@
  *   a request                its queue's thread, except between park and wake, when the filler may put bytes into it
  *   the list of writes       of a stripe, and who waits for one of them (R4): under the stripe lock
  *   the journal              its leader's, but for what says otherwise; journal->lock comes before stripes
+ *   sums of volumes' pages   in the file: engine->sums_lock, but for those of a fill; it comes before stripes
  *   slot bitmaps             under engine->slot_lock, the innermost lock
  *   a queue's trace          written by its thread alone, read by the event loop, see trace.c
  *   rings to and from Python events: any thread of ours, under engine->event_lock, to the event loop; commands: from the
@@ -46,10 +47,6 @@
 #define TB_ENTRY_MOVING 16u    /* a write does so: all others wait */
 #define TB_ENTRY_PINNED 32u    /* never evicted */
 #define TB_ENTRY_STILL 64u     /* lacks sums, and nobody has written to it since it was met (sums.c) */
-/* And one that the next session believes, if it finds the map: */
-#define TB_ENTRY_SUMMED 128u /* its dirty pages have their sums (sums.c) */
-
-#define TB_SUMS (TB_ENTRY_STILL | TB_ENTRY_SUMMED)
 
 /* The half of an entry that must change as one: slot, masks, flags (R1). */
 typedef union {
@@ -65,7 +62,11 @@ typedef struct {
     uint32_t fill; /* index + 1 of the running fill; 0: none (I7) */
     uint16_t readers, writers;
     uint16_t overtaken; /* pages written or discarded since the fill's MISS (R5) */
-    uint16_t born;      /* the engine's fill clock when the block was cached */
+    union {
+        uint16_t born;   /* of a base's block: the engine's fill clock when it was cached */
+        uint16_t summed; /* of a volume's: pages that have their sums although they are dirty, if they are (sums.c); the next session
+                          * believes it with the map */
+    };
     uint32_t generation;
 } tb_entry;
 
@@ -429,14 +430,14 @@ static inline bool tb_head_holds(tb_head head)
     return head.slot && head.dirty & head.cached;
 }
 
-/* It has dirty pages in its slot, and not their sums. */
-static inline bool tb_head_lacks_sums(tb_head head)
+/* Dirty pages in its slot without sums. */
+static inline uint16_t tb_unsummed(tb_head head, uint16_t summed)
 {
-    return head.dirty & head.cached && !(head.flags & TB_ENTRY_SUMMED);
+    return head.dirty & head.cached & (uint16_t)~summed;
 }
 
-/* Under the stripe lock: the same, counted. */
-static inline void tb_entry_change(tb_layer *layer, tb_entry *entry, tb_head head)
+/* Under the stripe lock: the same, counted; and which pages of a volume's block have sums from now on. */
+static inline void tb_entry_change_sums(tb_layer *layer, tb_entry *entry, tb_head head, uint16_t summed)
 {
     int holds = (int)tb_head_holds(head) - (int)tb_head_holds(entry->head);
     if (holds)
@@ -449,10 +450,17 @@ static inline void tb_entry_change(tb_layer *layer, tb_entry *entry, tb_head hea
         TB_ADD(&layer->cached_pages, (uint64_t)(int64_t)cached);
     if (dirty)
         TB_ADD(&layer->dirty_pages, (uint64_t)(int64_t)dirty);
-    int unsummed = (int)tb_head_lacks_sums(head) - (int)tb_head_lacks_sums(entry->head);
+    int unsummed = (tb_unsummed(head, summed) != 0) - (tb_unsummed(entry->head, entry->summed) != 0);
     if (unsummed)
         TB_ADD(&layer->unsummed, (uint64_t)(int64_t)unsummed);
+    entry->summed = summed; /* first: who looks from outside, or after a kill, may find it less than it is */
+    __atomic_signal_fence(__ATOMIC_RELEASE);
     tb_entry_store(entry, head);
+}
+
+static inline void tb_entry_change(tb_layer *layer, tb_entry *entry, tb_head head)
+{
+    tb_entry_change_sums(layer, entry, head, entry->summed);
 }
 
 static inline uint16_t tb_valid_pages(const tb_layer *layer, uint64_t block)

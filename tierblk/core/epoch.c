@@ -168,6 +168,31 @@ int tb_epoch_read(tb_layer *layer, const tb_sealed *items, uint32_t count, uint8
     return pages;
 }
 
+/* Any thread, behind tb_epoch_read and with its sums, while the epoch is open: bad[i] is the mask of the pages of items[i] that had a sum
+ * (sums.c) which they do not fit: the SSD has not given back what was written. A sum that cannot be read says nothing. */
+void tb_epoch_check(tb_layer *layer, const tb_sealed *items, uint32_t count, const uint32_t *sums, uint16_t *bad)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint16_t stored = items[i].dirty & (uint16_t)~items[i].zero, summed = 0;
+        if (items[i].block < layer->blocks) {
+            const tb_entry *entry = &layer->entries[items[i].block];
+            tb_lock *stripe = tb_stripe(layer, items[i].block);
+            tb_lock_take(stripe);
+            summed = entry->head.slot == items[i].slot ? stored & entry->summed : 0; /* else it has moved, and its sums with it */
+            tb_lock_give(stripe);
+        }
+        uint32_t kept[TB_BLOCK_PAGES] = {0};
+        if (summed && pread(layer->engine->sums_fd, kept, sizeof kept, (off_t)items[i].slot * 64) != (ssize_t)sizeof kept)
+            summed = 0;
+        bad[i] = 0;
+        for (unsigned page = 0; page < TB_BLOCK_PAGES; page++) {
+            if (summed >> page & 1 && *sums != kept[page])
+                bad[i] |= (uint16_t)(1u << page);
+            sums += stored >> page & 1;
+        }
+    }
+}
+
 /* Writes the sums of these pages to those of a slot; `sums` are of all pages of `all`, one behind the other. A sum that could not be
  * written is one that does not fit, and costs a refetch. */
 static void keep_sums(const tb_engine *e, uint32_t slot, uint16_t pages, uint16_t all, const uint32_t *sums)

@@ -136,7 +136,7 @@ static void adopt(tb_layer *layer, uint64_t block, tb_head head)
         tb_slot_own(layer->engine, head.slot, layer, block);
     layer->cached_pages += (uint64_t)__builtin_popcount(head.cached);
     layer->dirty_pages += (uint64_t)__builtin_popcount(head.dirty);
-    layer->unsummed += tb_head_lacks_sums(head);
+    layer->unsummed += tb_unsummed(head, layer->entries[block].summed) != 0;
     layer->engine->dirty_slots += tb_head_holds(head);
     layer->engine->far_slots += tb_head_holds(head) && layer->is_write_back;
     tb_entry_store(&layer->entries[block], head);
@@ -209,11 +209,12 @@ int64_t tb_layer_warm_start(tb_layer *layer)
             for (uint64_t block = first; block < first + PAGE_ENTRIES && block < layer->blocks; block++) {
                 tb_entry *entry = &layer->entries[block];
                 tb_head head = entry->head;
-                head.fresh = 0;
-                head.flags &= head.dirty & head.cached ? TB_ENTRY_SUMMED : 0;
+                head.fresh = head.flags = 0;
+                uint16_t summed = layer->is_volume ? entry->summed : 0;
                 if (!head.cached)
                     head.slot = 0; /* taken for a write that never ended */
                 memset((uint8_t *)entry + sizeof(tb_head), 0, sizeof(tb_entry) - sizeof(tb_head));
+                entry->summed = summed;
                 if (!tb_head_persistent(head)) {
                     tb_entry_store(entry, head);
                     continue;

@@ -73,27 +73,25 @@ void tb_move_begin(tb_req *req, tb_entry *entry, tb_head head, tb_lock *stripe)
     transfer(req);
 }
 
-/* The sums of clean pages go with them. One that could not be written is one that does not fit, and costs a refetch. */
-static void copy_sums(const tb_req *req)
+/* Sums go with their pages. False: of a clean page one does not fit then, and costs a refetch; dirty ones have none. */
+static bool copy_sums(const tb_req *req)
 {
     uint32_t sums[TB_BLOCK_PAGES];
     int fd = req->queue->engine->sums_fd;
-    ssize_t got = pread(fd, sums, sizeof sums, (off_t)req->move_from * 64);
-    if (got == (ssize_t)sizeof sums)
-        got = pwrite(fd, sums, sizeof sums, (off_t)req->move_to * 64);
-    (void)got;
+    return pread(fd, sums, sizeof sums, (off_t)req->move_from * 64) == (ssize_t)sizeof sums &&
+           pwrite(fd, sums, sizeof sums, (off_t)req->move_to * 64) == (ssize_t)sizeof sums;
 }
 
 /* The entry gets its new slot; the old one is the epoch's, which may have ended meanwhile. */
-static void switch_over(tb_req *req, tb_entry *entry, tb_lock *stripe)
+static void switch_over(tb_req *req, tb_entry *entry, tb_lock *stripe, bool with_sums)
 {
     tb_layer *volume = req->queue->volume;
     tb_head head = entry->head;
     uint32_t left = head.slot;
     tb_slot_own(volume->engine, req->move_to, volume, req->block);
     head.slot = req->move_to;
-    head.flags &= (uint16_t)~(TB_ENTRY_MOVING | TB_ENTRY_SEALED | TB_SUMS);
-    tb_entry_change(volume, entry, head);
+    head.flags &= (uint16_t)~(TB_ENTRY_MOVING | TB_ENTRY_SEALED | TB_ENTRY_STILL);
+    tb_entry_change_sums(volume, entry, head, with_sums ? entry->summed : 0);
     tb_map_mark(volume, req->block);
     if (volume->sealing)
         tb_epoch_pin(volume, left);
@@ -118,14 +116,17 @@ void tb_move_done(tb_req *req, int result, uint32_t expected)
     }
     tb_entry *entry = &volume->entries[req->block];
     tb_lock *stripe = tb_stripe(volume, req->block);
-    if (result == (int)expected && volume->is_write_back)
-        copy_sums(req);
-    tb_lock_take(stripe);
     if (result == (int)expected) {
-        switch_over(req, entry, stripe);
+        /* Nobody writes a sum of the old slot between the copy and the switch: it would not be in the new one (tb_epoch_clean). */
+        pthread_mutex_lock(&volume->engine->sums_lock);
+        bool with_sums = copy_sums(req);
+        tb_lock_take(stripe);
+        switch_over(req, entry, stripe, with_sums);
+        pthread_mutex_unlock(&volume->engine->sums_lock);
         tb_write_lookup(req);
         return;
     }
+    tb_lock_take(stripe);
     tb_slot_give_back(volume->engine, req->move_to);
     give_up(req, entry, stripe);
     TB_COUNT(&req->queue->stats.slot_errors, 1);

@@ -1,17 +1,23 @@
 /* Checksums of what was written. When a write comes nobody looks at its bytes (on plane zero-copy they go from the request's pages to
- * the SSD), so their sums are made behind it: of blocks that nobody has written to for a while, out of their slots.
+ * the SSD), so their sums are made behind it, out of the slots of blocks that nobody has written to for a while.
  *
- * Two flags of an entry say how far that is. STILL: no write or discard came since tb_sums_find met the block. SUMMED: all of its dirty
- * pages have their sums. A write takes both away when it is submitted, in the store that makes its pages dirty (R3), so before a byte of
- * the slot is another one: a sum of a SUMMED block never is of other bytes than those that were there when it was made. */
+ * An entry says how far that is. Its flag STILL: no write or discard came since tb_sums_find met the block. Its mask `summed`: pages that have
+ * their sums, which counts where they are dirty. A write takes away STILL and the bits of its pages when it is submitted, with the store that
+ * makes them dirty (R3), so before a byte of the slot is another one. A page that has its sum keeps it whatever is written beside it: nobody
+ * makes it a second time, out of bytes that may have flipped since. */
 #include "core.h"
 
 #define PAGE_ENTRIES (TB_PAGE_BYTES / sizeof(tb_entry))
 #define BUSY (TB_ENTRY_SEALED | TB_ENTRY_MOVING) /* an upload makes the sums, or the slot is about to be another one */
 
+static uint16_t unsummed(const tb_entry *entry)
+{
+    return tb_unsummed(entry->head, entry->summed);
+}
+
 static bool may_be_summed(const tb_entry *entry)
 {
-    return tb_head_lacks_sums(entry->head) && !(entry->head.flags & BUSY) && !entry->writers;
+    return unsummed(entry) && !(entry->head.flags & BUSY) && !entry->writers;
 }
 
 /* Event loop. Goes over some `pages` map pages from *from on, which moves on to the block to go on from, in the end the layer's end.
@@ -23,7 +29,7 @@ uint32_t tb_sums_find(tb_layer *layer, uint64_t *from, uint32_t pages, uint64_t 
         uint64_t block = tb_map_next(layer, *from, layer->blocks), end = block / PAGE_ENTRIES * PAGE_ENTRIES + PAGE_ENTRIES;
         for (*from = block; *from < end && *from < layer->blocks; ++*from) {
             tb_entry *entry = &layer->entries[*from];
-            if (!tb_head_lacks_sums(entry->head)) /* most of them, and what it misses now it meets the next time */
+            if (!unsummed(entry)) /* most of them, and what it misses now it meets the next time */
                 continue;
             if (found == max)
                 return found;
@@ -66,18 +72,19 @@ int tb_sums_write(const tb_engine *e, uint32_t slot, uint16_t pages, const uint3
     return 0;
 }
 
-/* Under the stripe lock. */
-static bool is_still(tb_layer *layer, const tb_entry *entry, uint64_t block)
+/* Those of these pages that are still what they were when the block was found: dirty, and not written to. */
+static uint16_t as_found(tb_layer *layer, const tb_entry *entry, uint64_t block, uint16_t pages)
 {
     tb_lock *stripe = tb_stripe(layer, block);
     tb_lock_take(stripe);
-    bool still = entry->head.flags & TB_ENTRY_STILL;
+    tb_head head = entry->head;
     tb_lock_give(stripe);
-    return still;
+    return head.flags & TB_ENTRY_STILL ? pages & head.dirty & head.cached : 0;
 }
 
-/* Any thread that may block, and not beside tb_layer_clear of the layer. 1: all dirty pages of the block have their sums now; 0: they have not,
- * since somebody was at it; or what the SSD said. `memory`: one block, aligned as direct I/O wants it. One read of the SSD. */
+/* Any thread that may block; not beside tb_layer_clear of the layer, nor beside tb_sums_find of it, which would give STILL again to a block
+ * that was written to since it was found. 1: all dirty pages of the block have their sums now; 0: they have not, since somebody was at it;
+ * or what the SSD said. `memory`: one block, aligned as direct I/O wants it. One read of the SSD. */
 int tb_sums_make(tb_layer *layer, uint64_t block, uint8_t *memory)
 {
     if (block >= layer->blocks)
@@ -89,7 +96,7 @@ int tb_sums_make(tb_layer *layer, uint64_t block, uint8_t *memory)
     tb_lock *stripe = tb_stripe(layer, block);
     tb_lock_take(stripe);
     uint32_t slot = entry->head.slot;
-    uint16_t pages = entry->head.dirty & entry->head.cached;
+    uint16_t pages = unsummed(entry);
     bool may = may_be_summed(entry) && entry->head.flags & TB_ENTRY_STILL;
     entry->readers += may; /* R2: the slot stays this block's */
     tb_lock_give(stripe);
@@ -99,20 +106,21 @@ int tb_sums_make(tb_layer *layer, uint64_t block, uint8_t *memory)
     int rc = read_pages(e, slot, pages, memory);
     if (!rc)
         tb_crc32c_pages(memory, pages, sums);
-    /* No page of a volume becomes clean while this is held (tb_epoch_clean), and so none is fetched anew: nobody else writes the sum of one of
-     * these pages between the look and the write. */
+    /* No page of a volume becomes clean while this is held (tb_epoch_clean), so those that are dirty now are not dropped and fetched anew:
+     * nobody else writes the sum of one of them between the look and the write. */
     pthread_mutex_lock(&e->sums_lock);
-    if (!rc && is_still(layer, entry, block))
+    if (!rc) {
+        pages = as_found(layer, entry, block, pages);
         rc = tb_sums_write(e, slot, pages, sums);
+    }
     tb_lock_take(stripe);
     tb_head head = entry->head;
     bool made = !rc && head.flags & TB_ENTRY_STILL;
-    if (made)
-        head.flags |= TB_ENTRY_SUMMED;
     head.flags &= (uint16_t)~TB_ENTRY_STILL;
     entry->readers--;
     uint32_t dropped = tb_entry_drop_slot(layer, entry, &head);
-    tb_entry_change(layer, entry, head);
+    tb_entry_change_sums(layer, entry, head, made ? entry->summed | pages : entry->summed);
+    made = made && !unsummed(entry);
     if (dropped)
         tb_slot_quarantine(e, dropped);
     tb_req *awake = head.flags & TB_ENTRY_MOVING && !entry->readers ? tb_waiters_in(layer, block) : NULL;
@@ -122,32 +130,30 @@ int tb_sums_make(tb_layer *layer, uint64_t block, uint8_t *memory)
     return rc ? rc : made;
 }
 
-/* A bit a slot: those of blocks whose dirty pages have their sums. No door is open. */
-void tb_sums_save(const tb_layer *layer, uint8_t *bits)
+/* A mask a slot: its dirty pages that have sums. No call is under way. */
+void tb_sums_save(const tb_layer *layer, uint16_t *masks)
 {
-    for (uint64_t block = tb_map_next(layer, 0, layer->blocks); block < layer->blocks;
+    for (uint64_t block = tb_map_next(layer, 0, layer->blocks); block < layer->blocks && layer->is_volume;
          block = tb_map_next(layer, block + 1, layer->blocks)) {
-        tb_head head = layer->entries[block].head;
-        if (head.slot && head.flags & TB_ENTRY_SUMMED && head.dirty & head.cached)
-            bits[head.slot / 8] |= (uint8_t)(1u << head.slot % 8);
+        const tb_entry *entry = &layer->entries[block];
+        if (entry->head.slot)
+            masks[entry->head.slot] = entry->summed & entry->head.dirty & entry->head.cached;
     }
 }
 
-/* The same at the next start, behind a clean end: `count` slots have a bit. */
-void tb_sums_load(tb_layer *layer, const uint8_t *bits, uint32_t count)
+/* The same at the next start, behind a clean end: so many slots have a mask. */
+void tb_sums_load(tb_layer *layer, const uint16_t *masks, uint32_t count)
 {
-    for (uint64_t block = tb_map_next(layer, 0, layer->blocks); block < layer->blocks;
+    for (uint64_t block = tb_map_next(layer, 0, layer->blocks); block < layer->blocks && layer->is_volume;
          block = tb_map_next(layer, block + 1, layer->blocks)) {
         tb_entry *entry = &layer->entries[block];
         tb_head head = entry->head;
-        if (!tb_head_lacks_sums(head) || head.slot >= count || !(bits[head.slot / 8] >> head.slot % 8 & 1))
-            continue;
-        head.flags |= TB_ENTRY_SUMMED;
-        tb_entry_change(layer, entry, head);
+        if (head.slot && head.slot < count)
+            tb_entry_change_sums(layer, entry, head, entry->summed | (masks[head.slot] & head.dirty & head.cached));
     }
 }
 
-/* Blocks with dirty pages that have none. */
+/* Blocks with dirty pages that have no sums. */
 uint64_t tb_sums_lacking(const tb_layer *layer)
 {
     return TB_LOAD(&layer->unsummed);

@@ -298,11 +298,11 @@ void tb_write_lookup(tb_req *req)
     /* R3: dirty when it is submitted, since the page may be half of what it was from then on. */
     req->clean = pages & head.cached & (uint16_t)~head.dirty;
     head.dirty |= req->clean;
-    head.flags &= (uint16_t)~TB_SUMS; /* before a byte of the slot is another one */
+    head.flags &= (uint16_t)~TB_ENTRY_STILL;
     tb_epoch_freshen(volume, &head, pages);
     entry->writers++;
     entry->overtaken |= pages; /* a fill that runs leaves them alone (R5) */
-    tb_entry_change(volume, entry, head);
+    tb_entry_change_sums(volume, entry, head, entry->summed & (uint16_t)~pages); /* before a byte of the slot is another one */
     if (req->clean)
         tb_map_mark(volume, req->block);
     req->slot = head.slot;
