@@ -79,7 +79,7 @@ check: build
 
 test-native: check $(PROMETHEUS)/usr/bin/promtool
 	@echo "== unit and integration tests, by two processes, a file at a time"
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: test-native
 	$(MAKE) test-vm
