@@ -41,6 +41,7 @@ OWN_BOOT_PREFIX = "test_alone_"
 # What no kernel could do otherwise than the other is tested on one only: an emulator is slow. Most of it is
 # on the oldest, which has a plane less and so less else to do.
 NEWEST_PREFIX, OLDEST_PREFIX = "test_new_", "test_old_"
+ONLY = {"on_oldest": kernels.KINDS[0], "on_newest": kernels.KINDS[-1]}  # see tests/vm/guest/helpers.py
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def cases() -> list[Case]:
                 continue
             for node in ast.parse(path.read_text()).body:
                 functions = ast.FunctionDef | ast.AsyncFunctionDef
-                if isinstance(node, functions) and node.name.startswith("test_"):
+                if not isinstance(node, functions) or not node.name.startswith("test_"):
+                    continue
+                marks = {each.id for each in node.decorator_list if isinstance(each, ast.Name)}
+                if all(kernel == only for mark, only in ONLY.items() if mark in marks):
                     found.append(Case(kernel, path.name, node.name))
     return found
 

@@ -20,12 +20,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+Test = TypeVar("Test")
 
 POLL_S = 0.05
 PAGE_BYTES = 4096
 CHUNK_BYTES = 1 << 20
 COMMAND_LIMIT_S = 120.0
+
+
+def on_oldest(test: Test) -> Test:
+    """What no kernel could do otherwise than the other: tests/vm/suite.py runs it on the oldest only."""
+    return test
+
+
+def on_newest(test: Test) -> Test:
+    """And on the newest only."""
+    return test
 
 
 def wait_until(holds: Callable[[], object], limit_s: float, complaint: str | Callable[[], str]) -> None:

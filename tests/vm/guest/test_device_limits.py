@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.guest.device_rig import MIB, DaemonProcess, compare_at_random, compare_whole, devices, read
-from tests.vm.guest.helpers import Tierblk, WebServer
+from tests.vm.guest.helpers import Tierblk, WebServer, on_oldest
 
 IMAGE_BYTES = 4 * MIB
 CYCLES = 20
@@ -88,6 +88,7 @@ def disk_of_4096(scratch: Path) -> Iterator[Path]:
         subprocess.run(["losetup", "-d", loop], check=True)
 
 
+@on_oldest
 def test_a_cache_on_a_disk_with_sectors_of_4096_bytes_serves_reads_of_512(
     disk_of_4096: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.guest.device_rig import IMPATIENT, IMPATIENT_LIMIT_S, MIB, compare_whole, devices, moody
-from tests.vm.guest.helpers import Tierblk, WebServer, write_image
+from tests.vm.guest.helpers import Tierblk, WebServer, on_newest, on_oldest, write_image
 
 IMAGE_BYTES = 24 * MIB
 PARTITION_BYTES = 20 * MIB
@@ -96,6 +96,7 @@ def _write(device: Path) -> None:
         os.close(fd)
 
 
+@on_newest
 def test_an_image_that_was_cut_off_is_attached_with_a_warning(
     scratch: Path, web: WebServer, tierblk: Tierblk, disk: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_an_image_that_was_cut_off_is_attached_with_a_warning(
     compare_whole(device, disk)
 
 
+@on_oldest
 def test_a_server_that_breaks_after_the_first_sectors_ends_the_attach(
     scratch: Path, tierblk: Tierblk, disk: Path
 ) -> None:

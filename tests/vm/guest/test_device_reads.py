@@ -18,7 +18,7 @@ from tests.vm.guest.device_rig import (
     read,
     wait_for_status,
 )
-from tests.vm.guest.helpers import Tierblk, WebServer
+from tests.vm.guest.helpers import Tierblk, WebServer, on_oldest
 
 IMAGE_BYTES = 64 * MIB + 3 * 512  # the last page is not whole
 WARM_BYTES = 4 * MIB
@@ -85,6 +85,7 @@ def test_without_a_server_the_cached_part_is_right_and_the_rest_is_eio_until_it_
     compare_at_random(device, image, count=10, seed=5)
 
 
+@on_oldest
 def test_a_cached_image_is_attached_without_its_server_after_a_restart_of_the_daemon(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

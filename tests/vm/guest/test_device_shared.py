@@ -14,7 +14,7 @@ from tests.vm.guest.device_rig import (
     compare_whole,
     devices,
 )
-from tests.vm.guest.helpers import COMMAND_LIMIT_S, Tierblk, WebServer
+from tests.vm.guest.helpers import COMMAND_LIMIT_S, Tierblk, WebServer, on_newest, on_oldest
 
 IMAGE_BYTES = 4 * MIB
 
@@ -44,6 +44,7 @@ def test_ten_devices_on_one_base_fetch_and_store_each_block_once(
     assert web.requests("/ten.raw")[-1].range_ != "", "only ranges were asked for"
 
 
+@on_oldest
 def test_attaches_that_race_share_one_daemon_and_one_of_a_name_wins(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -64,6 +65,7 @@ def test_attaches_that_race_share_one_daemon_and_one_of_a_name_wins(
         compare_at_random(Path(device["path"]), image, count=5, seed=23)
 
 
+@on_newest
 def test_a_device_that_comes_as_the_last_one_of_its_image_goes_can_read(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_device_that_comes_as_the_last_one_of_its_image_goes_can_read(
         here, there = there, here
 
 
+@on_oldest
 def test_a_second_daemon_and_a_config_that_disagrees_are_refused_by_name(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

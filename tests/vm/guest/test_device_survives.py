@@ -29,7 +29,7 @@ from tests.vm.guest.device_rig import (
     read,
     wait_for_status,
 )
-from tests.vm.guest.helpers import Tierblk, WebServer, wait_until
+from tests.vm.guest.helpers import Tierblk, WebServer, on_newest, on_oldest, wait_until
 
 IMAGE_BYTES = 8 * MIB
 BACK_S = 60.0
@@ -155,6 +155,7 @@ def small_run_directory() -> Iterator[None]:
         subprocess.run(["umount", "-l", str(RUN)], check=True)
 
 
+@on_oldest
 def test_a_run_directory_that_is_full_is_a_pause(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -219,6 +220,7 @@ def test_sigterm_hands_the_device_over_to_the_next_attach(
     assert tierblk.status("handed")["errors"] == 0
 
 
+@on_oldest
 def test_a_keeper_told_so_replaces_the_daemon(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -257,6 +259,7 @@ def test_a_daemon_that_froze_and_is_killed_comes_back(
         readers.goes_on()
 
 
+@on_newest
 def test_a_daemon_that_ran_out_of_memory_comes_back(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -319,6 +322,7 @@ def test_detach_force_ends_readers_that_wait_for_the_remote(
         assert records() == []
 
 
+@on_newest
 def test_a_read_waits_as_long_as_on_outage_says_and_one_that_waits_goes_on_by_itself(
     scratch: Path, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -385,6 +389,7 @@ def test_reap_deletes_what_the_dead_left_and_nothing_of_the_living(
     assert tierblk.json("reap")["reaped"] == []
 
 
+@on_newest
 def test_repin_shows_the_new_version_under_the_same_path(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -432,6 +437,7 @@ def test_a_device_without_recovery_goes_with_its_daemon(
     compare_whole(device, image)
 
 
+@on_oldest
 def test_a_server_that_is_silent_holds_up_neither_attach_nor_stop(
     scratch: Path, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

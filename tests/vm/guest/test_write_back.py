@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.vm.guest.device_rig import MIB
-from tests.vm.guest.helpers import Tierblk, WebServer, mounted, run, wait_until
+from tests.vm.guest.helpers import Tierblk, WebServer, mounted, on_newest, run, wait_until
 from tests.vm.guest.test_device_filesystems import FIO_LIMIT_S, fill, sums
 from tests.vm.guest.test_device_planes import HAS_ZERO_COPY
 from tests.vm.guest.test_device_writes import BASE_BYTES, VOLUME_BYTES, Direct, change_at_random
@@ -58,6 +58,7 @@ def test_what_is_written_here_is_read_there(
     tierblk.run("detach", "far-a")
 
 
+@on_newest
 def test_a_filesystem_outlives_the_cache_and_a_killed_daemon(scratch: Path, tierblk: Tierblk) -> None:
     """The cache is half of what is written; the daemon is killed while it uploads."""
     keys = {"volume__size": "256MiB", "volume__epoch_interval": "500ms", "cache_size": "48MiB"}
