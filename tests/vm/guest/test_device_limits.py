@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.guest.device_rig import MIB, DaemonProcess, compare_at_random, compare_whole, devices, read
-from tests.vm.guest.helpers import Tierblk, WebServer, on_oldest
+from tests.vm.guest.helpers import Tierblk, WebServer, on_newest, on_oldest
 
 IMAGE_BYTES = 4 * MIB
 CYCLES = 20
@@ -17,6 +17,7 @@ SETTLED_CYCLES = 4  # by then the daemon has the threads that it makes when they
 DISK_BYTES = 96 * MIB
 
 
+@on_newest
 def test_a_queue_of_one_a_queue_of_1024_and_a_file_url_read_right(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:
@@ -37,6 +38,7 @@ def test_a_queue_of_one_a_queue_of_1024_and_a_file_url_read_right(
     assert status["local"]["fetched_bytes"] == IMAGE_BYTES
 
 
+@on_oldest
 def test_twenty_attaches_and_detaches_leak_no_file_no_thread_and_no_device(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

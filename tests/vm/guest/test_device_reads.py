@@ -18,7 +18,7 @@ from tests.vm.guest.device_rig import (
     read,
     wait_for_status,
 )
-from tests.vm.guest.helpers import Tierblk, WebServer, on_oldest
+from tests.vm.guest.helpers import Tierblk, WebServer, on_newest, on_oldest
 
 IMAGE_BYTES = 64 * MIB + 3 * 512  # the last page is not whole
 WARM_BYTES = 4 * MIB
@@ -60,6 +60,7 @@ def _warm_pass(tierblk: Tierblk, device: Path, image: Path) -> tuple[dict[str, A
     raise AssertionError(f"{WARM_BYTES} bytes read ten times over are not kept: {after}")
 
 
+@on_newest
 def test_without_a_server_the_cached_part_is_right_and_the_rest_is_eio_until_it_is_back(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

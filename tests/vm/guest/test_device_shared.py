@@ -19,6 +19,7 @@ from tests.vm.guest.helpers import COMMAND_LIMIT_S, Tierblk, WebServer, on_newes
 IMAGE_BYTES = 4 * MIB
 
 
+@on_oldest
 def test_ten_devices_on_one_base_fetch_and_store_each_block_once(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

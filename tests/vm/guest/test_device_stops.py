@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.guest.device_rig import MIB, DaemonProcess, MoodyServer, WaitingReader, devices, moody, read
-from tests.vm.guest.helpers import Tierblk, tierblk_processes, wait_until
+from tests.vm.guest.helpers import Tierblk, on_oldest, tierblk_processes, wait_until
 from tierblk.cli.starting import command
 
 IMAGE_BYTES = 2 * MIB
@@ -126,6 +126,7 @@ def test_detach_when_the_reader_was_killed_and_its_read_ahead_still_waits(
     assert devices() == []
 
 
+@on_oldest
 def test_an_attach_that_is_interrupted_leaves_nothing_behind(
     scratch: Path, tierblk: Tierblk, servers: dict[str, MoodyServer]
 ) -> None:

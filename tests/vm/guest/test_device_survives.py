@@ -370,6 +370,7 @@ def end_for_good(cache: Path) -> None:
     daemon.ended(30)
 
 
+@on_oldest
 def test_reap_deletes_what_the_dead_left_and_nothing_of_the_living(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.vm.guest.device_rig import KIB, MIB, read, wait_for_status
-from tests.vm.guest.helpers import RunningCommand, Tierblk, WebServer, run, wait_until
+from tests.vm.guest.helpers import RunningCommand, Tierblk, WebServer, on_newest, run, wait_until
 from tests.vm.guest.test_device_planes import PLANES
 from tests.vm.guest.test_device_writes import Direct
 
@@ -128,6 +128,7 @@ def test_every_request_is_there_once_with_the_tier_that_served_it(
     assert [line.offset for line in lines if line.op == "zeroes"] == [str(7 * MIB + 512)]
 
 
+@on_newest
 def test_only_misses_and_errors_of_a_server_that_is_gone(
     scratch: Path, web: WebServer, tierblk: Tierblk, make_image: Callable[..., Path]
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.vm.guest.device_rig import MIB
-from tests.vm.guest.helpers import Tierblk, WebServer, mounted, on_newest, run, wait_until
+from tests.vm.guest.helpers import Tierblk, WebServer, mounted, on_newest, on_oldest, run, wait_until
 from tests.vm.guest.test_device_filesystems import FIO_LIMIT_S, fill, sums
 from tests.vm.guest.test_device_planes import HAS_ZERO_COPY
 from tests.vm.guest.test_device_writes import BASE_BYTES, VOLUME_BYTES, Direct, change_at_random
@@ -88,6 +88,7 @@ def test_a_filesystem_outlives_the_cache_and_a_killed_daemon(scratch: Path, tier
     tierblk.run("detach", "fs-b")
 
 
+@on_newest
 def test_fio_verifies_through_a_cache_that_is_smaller(scratch: Path, tierblk: Tierblk) -> None:
     keys = {"volume__size": "40MiB", "volume__epoch_interval": "1s", "cache_size": "16MiB"}
     device = tierblk.attach(config_of(tierblk, "fio", scratch, "a", **keys))
@@ -102,6 +103,7 @@ def test_fio_verifies_through_a_cache_that_is_smaller(scratch: Path, tierblk: Ti
     tierblk.run("detach", "fio")
 
 
+@on_oldest
 def test_a_second_host_is_refused_and_then_takes_over(scratch: Path, tierblk: Tierblk) -> None:
     keys = {"volume__size": "16MiB", "volume__epoch_interval": "300ms"}
     device = tierblk.attach(config_of(tierblk, "one", scratch, "a", **keys))
