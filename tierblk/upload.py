@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tierblk.core import PAGE_BYTES, PAGES_PER_BLOCK, Layer, Sealed
+from tierblk.outlast import to_the_end
 from tierblk.remote import (
     CRC_BYTES,
     IN_RECORD,
@@ -120,11 +121,13 @@ class Uploader:
         buffer = memoryview(
             mmap.mmap(-1, pages * PAGE_BYTES)
         )  # page-aligned, and given back when it is dropped
-        sums = await _in_thread(self._read, group.blocks, buffer)
+        sums = await to_the_end(asyncio.to_thread(self._read, group.blocks, buffer))
         runs = list(runs_of(group, sums))
         pieces: list[bytes | memoryview] = [buffer]
         if self._compressor is not None:
-            runs, pieces = await _in_thread(compressed, runs, buffer, group.n, self._compressor)
+            runs, pieces = await to_the_end(
+                asyncio.to_thread(compressed, runs, buffer, group.n, self._compressor)
+            )
         length_bytes = sum(map(len, pieces))
         if group.n == IN_RECORD:
             packed.inline = b"".join(pieces)
@@ -149,17 +152,6 @@ class Uploader:
                 what,
             )
         return sums
-
-
-async def _in_thread(function: Callable[..., T], *args: object) -> T:
-    """Cancelled, it still returns only when the thread is done with its memory."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *args))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        running.exception()
-        raise
 
 
 def zero_ranges(blocks: Sequence[Sealed]) -> Iterator[Zeroes]:

@@ -2,9 +2,9 @@
  * the SSD), so their sums are made behind it, out of the slots of blocks that nobody has written to for a while.
  *
  * An entry says how far that is. Its flag STILL: no write or discard came since tb_sums_find met the block. Its mask `summed`: pages that have
- * their sums, which counts where they are dirty. A write takes away STILL and the bits of its pages when it is submitted, with the store that
- * makes them dirty (R3), so before a byte of the slot is another one. A page that has its sum keeps it whatever is written beside it: nobody
- * makes it a second time, out of bytes that may have flipped since. */
+ * their sums, which counts where they are dirty (R9: of clean pages all count). A write takes away STILL and the bits of its pages when it is
+ * submitted, with the store that makes them dirty (R3), so before a byte of the slot is another one. A page that has its sum keeps it whatever
+ * is written beside it: nobody makes it a second time, out of bytes that may have flipped since. */
 #include "core.h"
 
 #define PAGE_ENTRIES (TB_PAGE_BYTES / sizeof(tb_entry))
